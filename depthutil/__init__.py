@@ -1,0 +1,20 @@
+"""How neural networks use depth: the package behind "What Are Layers For?".
+
+=============== ==============================================================
+module          holds
+=============== ==============================================================
+``scaling``     the law of loss against width, depth and data: exact fits,
+                intervals, comparison of laws, optimal shape (needs no torch)
+``regimes``     three ways to use depth as minimal simulations, and the
+                diagnostic that tells them apart from hidden states
+``explorer``    the law as a figure that the reader moves
+``archive``     measurements that take longer than a chapter may: saved and
+                read with their provenance
+``figures``     the book's look: theme, colours, recurring plots
+=============== ==============================================================
+
+Import the module you need: ``from depthutil import scaling``. The package
+itself imports nothing, so ``scaling`` never waits for torch.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,213 @@
+"""Measurements that take longer than a chapter may: saved and read with their provenance.
+
+One measurement is one Parquet file, a table that any data tool opens. Its
+metadata carries what produced it: settings, seeds, device, date, wall time and
+code version. Chapters caption archived figures from that metadata, so nothing
+about a run is ever typed in by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from depthutil import __version__
+
+_KEY = b"depthutil"
+_PACKAGE = Path(__file__).resolve().parent
+_REQUIRED = ("config", "seeds", "scale", "device", "date", "wall_seconds", "version", "commit")
+
+
+def find(name: str) -> Path:
+    """The path of something the chapters read besides code, wherever this package lives.
+
+    A clone keeps it at its top level, an installed package (Colab's too) inside itself.
+
+    Parameters
+    ----------
+    name : str
+        Path relative to the repository, such as ``"results/nested_steps.parquet"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        If neither place has it.
+
+    Examples
+    --------
+    >>> find("results").is_dir()
+    True
+    """
+    places = [_PACKAGE.parent / name, _PACKAGE / "_archived" / name]
+    for place in places:
+        if place.exists():
+            return place
+    raise FileNotFoundError(
+        f"{name!r} is neither at {places[0]} nor at {places[1]}: "
+        "reinstall depthutil from a complete clone, or run the code that makes it"
+    )
+
+
+@dataclass(frozen=True)
+class Archived:
+    """A table of measurements and what produced it.
+
+    Attributes
+    ----------
+    frame : pandas.DataFrame
+        The measurements, one a row.
+    provenance : dict
+        ``config``, ``seeds``, ``scale``, ``device``, ``date`` (UTC), ``wall_seconds``,
+        ``version`` and ``commit``.
+    """
+
+    frame: pd.DataFrame
+    provenance: dict[str, Any]
+
+    @property
+    def caption(self) -> str:
+        """Scale, device, date, seeds, wall time and commit, as a sentence for a figure."""
+        p = self.provenance
+        return (
+            f"Archived run, scale “{p['scale']}”, {p['device']}, {p['date'][:10]}, "
+            f"seeds {p['seeds']}, {p['wall_seconds'] / 60:.0f} min, code {p['commit'][:10]}."
+        )
+
+
+def save(
+    frame: pd.DataFrame,
+    path: str | os.PathLike,
+    *,
+    config: dict[str, Any],
+    seeds: Any,
+    scale: str,
+    wall_seconds: float,
+    device: str | None = None,
+) -> Path:
+    """Write a table of measurements with its provenance, all of it or nothing.
+
+    Parameters
+    ----------
+    frame : pandas.DataFrame
+    path : path
+        Ends in ``.parquet``; its folder is made where missing.
+    config : dict
+        Every setting of the run, as JSON can hold it.
+    seeds : int, list or str
+        What was seeded, as JSON can hold it.
+    scale : str
+        ``"demo"``, ``"colab"`` or ``"paper"``, or what was run instead, in words.
+    wall_seconds : float
+        How long the run took.
+    device : str, optional
+        Where it ran; by default this machine's processor and number of cores.
+
+    Returns
+    -------
+    pathlib.Path
+        Where the file is.
+
+    Raises
+    ------
+    ValueError
+        If ``path`` does not end in ``.parquet``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> frame = pd.DataFrame({"depth": [1, 2], "loss": [0.5, 0.25]})
+    >>> path = save(frame, folder.name + "/r.parquet", config={"width": 8}, seeds=[0],
+    ...             scale="demo", wall_seconds=1.5)
+    >>> load(path).provenance["config"]
+    {'width': 8}
+    >>> folder.cleanup()
+    """
+    path = Path(path)
+    if path.suffix != ".parquet":
+        raise ValueError(f"an archived table is a .parquet file, not {path.name!r}")
+    provenance = {
+        "config": config,
+        "seeds": seeds,
+        "scale": scale,
+        "device": device or f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall_seconds": float(wall_seconds),
+        "version": __version__,
+        "commit": _commit(),
+    }
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    table = table.replace_schema_metadata(
+        {**(table.schema.metadata or {}), _KEY: json.dumps(provenance).encode()}
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load(name: str | os.PathLike) -> Archived:
+    """Read an archived table and check that it is one.
+
+    Parameters
+    ----------
+    name : path
+        A file, or a path relative to the repository (see :func:`find`).
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If the file is damaged, or was not written by :func:`save`.
+    """
+    path = Path(name) if Path(name).is_file() else find(str(name))
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole Parquet file: fetch or make it again ({error})"
+        ) from error
+    try:
+        provenance = json.loads((table.schema.metadata or {})[_KEY])
+        missing = [key for key in _REQUIRED if key not in provenance]
+    except (KeyError, ValueError, TypeError):
+        missing = list(_REQUIRED)
+    if missing:
+        raise ValueError(
+            f"{path} lacks the provenance that archive.save writes ({', '.join(missing)}): "
+            "it comes from elsewhere, read it with pandas.read_parquet"
+        )
+    return Archived(table.to_pandas(), provenance)
+
+
+def _commit() -> str:
+    """The commit of the clone this package runs from, with '+' if files differ from it."""
+    git = ["git", "-C", str(_PACKAGE.parent)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--", "depthutil"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")

@@ -1,0 +1,194 @@
+"""The book's look: one theme, one palette, the few plots that recur.
+
+Figures are drawn once, in dark ink on white paper, as SVG. The site shows a
+second copy of each in its dark theme: :func:`recolour` exchanges the inks, so
+every colour a figure uses should come from this module.
+"""
+
+from __future__ import annotations
+
+import re
+
+import matplotlib as mpl
+import numpy as np
+import seaborn as sns
+
+PAPER = "#ffffff"
+INK = "#1f2430"
+MUTED = "#6b7280"
+GRID = "#d9dde3"
+
+#: The palette of Okabe and Ito (2008), in the order in which lines take it:
+#: distinguishable with every common colour blindness.
+COLORS = {
+    "blue": "#0072b2",
+    "vermillion": "#d55e00",
+    "green": "#009e73",
+    "purple": "#cc79a7",
+    "sky": "#56b4e9",
+    "orange": "#e69f00",
+}
+
+#: The three regimes keep their colour through the whole book.
+REGIME_COLORS = {
+    "ensemble": COLORS["blue"],
+    "procedural": COLORS["vermillion"],
+    "compositional": COLORS["green"],
+}
+
+# Light ink -> dark-theme ink. Data colours are lifted until they stand out
+# from a near-black page as clearly as they do from a white one.
+_DARK = {
+    PAPER: "none",
+    INK: "#e6e8ec",
+    MUTED: "#a2a9b4",
+    GRID: "#3b414b",
+    COLORS["blue"]: "#4aa3df",
+    COLORS["vermillion"]: "#f0803c",
+    COLORS["green"]: "#2cc295",
+    COLORS["purple"]: "#e39bc3",
+    COLORS["sky"]: "#8fd0f5",
+    COLORS["orange"]: "#f2b632",
+}
+
+
+def use_theme() -> None:
+    """Draw every figure from here on in the book's style; in notebooks, as SVG.
+
+    Examples
+    --------
+    >>> use_theme()
+    >>> import matplotlib as mpl
+    >>> mpl.rcParams["axes.spines.top"]
+    False
+    """
+    sns.set_theme(
+        context="notebook",
+        style="ticks",
+        palette=list(COLORS.values()),
+        rc={
+            "figure.figsize": (7.0, 3.8),
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "figure.facecolor": PAPER,
+            "axes.facecolor": PAPER,
+            "axes.edgecolor": INK,
+            "axes.labelcolor": INK,
+            "axes.titlecolor": INK,
+            "axes.titlesize": "medium",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "grid.color": GRID,
+            "legend.frameon": False,
+            "legend.fontsize": "small",
+            "text.color": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "xtick.labelsize": "small",
+            "ytick.labelsize": "small",
+            "lines.linewidth": 1.8,
+            "lines.markersize": 5,
+            "savefig.facecolor": PAPER,
+            # Text as outlines: the same in every browser, and no font to fetch.
+            "svg.fonttype": "path",
+            "svg.hashsalt": "depthutil",
+            "axes.formatter.use_mathtext": True,
+        },
+    )
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        # No date: a figure that did not change is the same file, byte for byte.
+        set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def recolour(svg: str, theme: str) -> str:
+    """The same figure for the site's light or dark theme, on a clear background.
+
+    Parameters
+    ----------
+    svg : str
+        A figure drawn with :func:`use_theme`, as SVG source.
+    theme : {"light", "dark"}
+
+    Raises
+    ------
+    ValueError
+        If ``theme`` is neither.
+
+    Examples
+    --------
+    >>> recolour('<path style="fill: #ffffff; stroke: #1f2430"/>', "dark")
+    '<path style="fill: none; stroke: #e6e8ec"/>'
+    """
+    if theme not in ("light", "dark"):
+        raise ValueError(f"theme must be 'light' or 'dark', not {theme!r}")
+    inks = _DARK if theme == "dark" else {PAPER: "none"}
+    pattern = re.compile("|".join(map(re.escape, inks)), re.IGNORECASE)
+    return pattern.sub(lambda match: inks[match.group().lower()], svg)
+
+
+def slope_guide(ax: mpl.axes.Axes, x, slope: float, through, label: str | None = None, **style):
+    """Draw a power law ``y ∝ x**slope`` as a dashed line on log-log axes.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    x : sequence of float
+        The line runs from ``min(x)`` to ``max(x)``.
+    slope : float
+        Exponent of the power law.
+    through : (float, float)
+        A point on the line.
+    label : str, optional
+        Written at the line's right end.
+    **style
+        Passed to :meth:`matplotlib.axes.Axes.plot`.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> fig, ax = plt.subplots()
+    >>> line = slope_guide(ax, [1, 100], slope=-1, through=(1, 5.0))
+    >>> [float(y) for y in line.get_ydata()]
+    [5.0, 0.05]
+    >>> plt.close(fig)
+    """
+    ends = np.array([np.min(x), np.max(x)], dtype=float)
+    x0, y0 = through
+    (line,) = ax.plot(
+        ends, y0 * (ends / x0) ** slope, **{"color": MUTED, "ls": "--", "lw": 1.1} | style
+    )
+    ax.set(xscale="log", yscale="log")
+    if label:
+        ax.annotate(
+            label,
+            (ends[1], y0 * (ends[1] / x0) ** slope),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=line.get_color(),
+            fontsize="small",
+            va="center",
+        )
+    return line
+
+
+def depth_axis(ax: mpl.axes.Axes, depths, label: str = "depth ℓ (layers)") -> None:
+    """Make ``ax``'s x axis logarithmic, with a tick at each depth that was run.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> fig, ax = plt.subplots()
+    >>> depth_axis(ax, [4, 8, 16])
+    >>> [tick.get_text() for tick in ax.get_xticklabels()]
+    ['4', '8', '16']
+    >>> plt.close(fig)
+    """
+    ax.set_xscale("log")
+    ax.set_xticks(list(depths), labels=[f"{depth:g}" for depth in depths])
+    ax.minorticks_off()
+    ax.set_xlabel(label)
