@@ -1,0 +1,137 @@
+"""What every chapter has, read from its source and from its executed notebook."""
+
+import ast
+import re
+
+import nbformat
+import notebooks
+import pytest
+import yaml
+from conftest import ROOT
+
+PAGES = [page for page in notebooks.pages() if notebooks.is_notebook(page)]
+CHAPTERS = [page for page in PAGES if page.startswith("chapters/")]
+
+
+def _source(page):
+    return (ROOT / f"{page}.md").read_text()
+
+
+def _executed(page):
+    path = notebooks.EXECUTED / f"{page}.ipynb"
+    assert path.exists(), f"{page} was not executed: run `make book`"
+    return nbformat.read(path, as_version=4)
+
+
+def _code(page):
+    return [c for c in _executed(page).cells if c.cell_type == "code"]
+
+
+def test_every_page_is_in_the_table_of_contents():
+    files = {"index", *(str(p.relative_to(ROOT))[:-3] for p in ROOT.glob("chapters/**/*.md"))}
+    assert files == set(notebooks.pages())
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_chapter_has_its_parts(page):
+    text = _source(page)
+    box = re.search(
+        r"```\{admonition\} In this chapter\n:class: objectives\n(.*?)\n```", text, re.S
+    )
+    assert box, "no box of objectives"
+    assert len(re.findall(r"^- ", box.group(1), re.M)) >= 3, "fewer than three objectives"
+    assert re.search(r"\*\*Time:\*\*.*\d+ (minutes|seconds)", box.group(1)), "no times"
+    assert "**Needs:**" in box.group(1)
+    for heading in ("What you should remember", "Exercises", "Sources"):
+        assert f"\n## {heading}\n" in text, f"no section “{heading}”"
+    assert "{cite:" in text.split("\n## Sources\n")[1], "no work cited among the sources"
+
+
+@pytest.mark.parametrize("page", CHAPTERS)
+def test_exercises_have_solutions(page):
+    text = _source(page)
+    exercises = re.findall(r"```\{exercise-start\}.*\n:label: ([\w-]+)", text)
+    solutions = re.findall(r"```\{solution-start\} ([\w-]+)\n:class: dropdown", text)
+    assert 3 <= len(exercises) <= 5
+    assert exercises == solutions
+    for kind in ("exercise", "solution"):
+        assert text.count(f"{{{kind}-start}}") == text.count(f"{{{kind}-end}}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_check_cells_can_fail(page):
+    checks = [c for c in _code(page) if "check" in c.metadata.get("tags", [])]
+    assert checks or page not in CHAPTERS, "no check cell"
+    for cell in checks:
+        asserts = [n for n in ast.walk(ast.parse(cell.source)) if isinstance(n, ast.Assert)]
+        assert asserts, f"a check without an assertion:\n{cell.source}"
+        for node in asserts:
+            names = [n for n in ast.walk(node.test) if isinstance(n, ast.Name)]
+            assert names, f"an assertion about constants:\n{cell.source}"
+        printed = "".join(o.get("text", "") for o in cell.outputs)
+        assert re.search(r"\d", printed), f"a check that shows no measured value:\n{cell.source}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_figure_has_caption_and_alt_text(page):
+    for cell in _code(page):
+        shown = {kind for o in cell.outputs for kind in o.get("data", {})}
+        page_code = any(
+            "<svg" in "".join(o.get("data", {}).get("text/html", ""))
+            or "<script" in "".join(o.get("data", {}).get("text/html", ""))
+            for o in cell.outputs
+        )
+        if not page_code and not any(kind.startswith("image/") for kind in shown):
+            continue
+        about = cell.metadata.get("mystnb", {})
+        figure = about.get("figure", {})
+        assert len(figure.get("caption", "")) > 40, f"no caption:\n{cell.source}"
+        assert figure.get("name", "").startswith("fig-"), f"no name:\n{cell.source}"
+        if not page_code:
+            assert len(about.get("image", {}).get("alt", "")) > 20, f"no alt text:\n{cell.source}"
+            assert not shown & {"image/png", "image/jpeg"}, f"not drawn as SVG:\n{cell.source}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_went_to_stderr(page):
+    for cell in _code(page):
+        for output in cell.outputs:
+            assert output.get("name") != "stderr", output.text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_chapter_takes_over_three_minutes(page):
+    assert notebooks.seconds(_executed(page)) < notebooks.SECONDS_PER_CHAPTER
+
+
+def test_a_long_code_cell_is_rare():
+    """About 15 lines can be read aloud; what is longer belongs to depthutil."""
+    for page in PAGES:
+        for cell in _code(page)[1:]:
+            lines = [x for x in cell.source.splitlines() if x.strip()]
+            assert len(lines) <= 24, f"{page}: {len(lines)} lines\n{cell.source}"
+
+
+def test_the_text_names_no_number_of_ours_by_hand():
+    """Results in prose are printed by a cell; a typed ± would be one that is not."""
+    for page in CHAPTERS:
+        prose = re.sub(r"```\{code-cell\}.*?\n```", "", _source(page), flags=re.S)
+        for line in prose.splitlines():
+            if "±" in line or r"\pm" in line:
+                assert "{cite:" in line or "paper" in line.lower(), line
+
+
+def test_every_label_is_used_once():
+    labels = [
+        label
+        for page in notebooks.pages()
+        for label in re.findall(r"^\(([\w-]+)\)=$|^\$\$ \(([\w-]+)\)$", _source(page), re.M)
+    ]
+    flat = ["".join(pair) for pair in labels]
+    assert len(flat) == len(set(flat))
+
+
+def test_configuration_is_jupyter_book_1():
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    assert config["title"] == "What Are Layers For?" and toc["format"] == "jb-book"

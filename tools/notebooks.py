@@ -1,0 +1,432 @@
+"""Export the chapters as notebooks, execute them, and hand the results to the book.
+
+    python tools/notebooks.py export     _build/notebooks/  (and its student/ copy)
+    python tools/notebooks.py execute    nbmake on what changed; fills the book's cache
+
+A chapter is a MyST Markdown notebook. Colab and Jupyter show plain Markdown, so the
+export turns the MyST that chapters use into it, puts a setup cell first, and adds a
+copy without solutions. nbmake executes exactly these exported notebooks; their outputs
+go to the cache from which Jupyter Book builds, so each chapter is executed once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jupytext
+import nbformat
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "_build"
+EXPORTED = BUILD / "notebooks"
+EXECUTED = ROOT / ".executed"  # nbmake ignores folders named _build
+CACHE = BUILD / ".jupyter_cache"
+LEDGER = EXECUTED / "inputs.json"
+SECONDS_PER_CHAPTER = 180
+
+
+# --------------------------------------------------------------------- the book's files
+
+
+def pages(root: Path = ROOT) -> list[str]:
+    """Every page of the book in reading order, as paths without extension."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text())
+    chapters = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    return [toc["root"], *chapters]
+
+
+def is_notebook(page: str, root: Path = ROOT) -> bool:
+    """Whether a page has code to run, rather than prose alone."""
+    text = (root / f"{page}.md").read_text()
+    return text.startswith("---\njupytext:") and "```{code-cell}" in text
+
+
+def repository(root: Path = ROOT) -> str | None:
+    """``owner/name`` on GitHub from the environment or the git remote, or None."""
+    named = os.environ.get("GITHUB_REPOSITORY", "").strip()
+    if not named:
+        answer = subprocess.run(
+            ["git", "-C", str(root), "config", "--get", "remote.origin.url"],
+            capture_output=True,
+            text=True,
+        )
+        match = re.search(r"github\.com[:/](.+?)(?:\.git)?/?$", answer.stdout.strip())
+        named = match.group(1) if match else ""
+    return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else None
+
+
+# ------------------------------------------------------------------- MyST -> Markdown
+
+
+@dataclass
+class References:
+    """What the labels and citation keys of the whole book stand for."""
+
+    titles: dict[str, str] = field(default_factory=dict)
+    citations: dict[str, tuple[str, str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of_book(cls, root: Path = ROOT) -> References:
+        found = cls(citations=_citations(root / "references.bib"))
+        for page in pages(root):
+            text = (root / f"{page}.md").read_text()
+            for label, title in re.findall(r"^\(([\w-]+)\)=\n+#+ (.+)$", text, re.M):
+                found.titles[label] = title
+            title = re.search(r"^# (.+)$", text, re.M)
+            found.titles["/" + page] = title.group(1) if title else page
+        return found
+
+
+def _citations(path: Path) -> dict[str, tuple[str, str, str]]:
+    """Authors, year and address for each key of a bibliography."""
+    from pybtex.database import parse_file
+
+    citations = {}
+    for key, entry in parse_file(str(path)).entries.items():
+        names = [" ".join(p.last_names) or str(p) for p in entry.persons["author"]]
+        several = len(names) > 2 or "others" in names
+        authors = f"{names[0]} et al." if several else " and ".join(names)
+        citations[key] = (authors, entry.fields["year"], entry.fields.get("url", ""))
+    return citations
+
+
+def _link(text: str, url: str) -> str:
+    return f"[{text}]({url})" if url else text
+
+
+class Converter:
+    """Plain Markdown for one chapter's MyST; equations and figures keep one count each."""
+
+    def __init__(self, references: References, source: str):
+        self.references = references
+        # Sphinx numbers within a chapter; the notebook counts the same things in the
+        # same order, without the chapter's own number.
+        self.equations = self._count(r"^\$\$ *\(([\w-]+)\) *$", source)
+        self.figures = self._count(r"^    name: ([\w-]+)$", source)
+        self.exercises = self._count(r"^:label: (ex-[\w-]+)$", source)
+
+    @staticmethod
+    def _count(pattern: str, source: str) -> dict[str, int]:
+        labels = re.findall(pattern, source, re.M)
+        return {label: number for number, label in enumerate(labels, start=1)}
+
+    def text(self, source: str) -> str:
+        """Convert a Markdown cell. Literal ``inline code`` is left as it is."""
+        source = re.sub(r"^\([\w-]+\)=\n", "", source, flags=re.M)
+        source = self._directives(source)
+        source = re.sub(
+            r"^\$\$ *\(([\w-]+)\) *$",
+            lambda m: rf"\tag{{{self.equations[m.group(1)]}}}" + "\n$$",
+            source,
+            flags=re.M,
+        )
+        return re.sub(r"\{([a-z:]+)\}`([^`]+)`", self._role, source).strip()
+
+    def _role(self, match: re.Match) -> str:
+        role, content = match.groups()
+        named = re.fullmatch(r"(.+?)\s*<([^>]+)>", content, re.S)
+        shown, target = named.groups() if named else (None, content)
+        if role == "term":
+            return f"*{shown or target}*"
+        if role in ("ref", "doc"):
+            if target in self.exercises:
+                return f"exercise {self.exercises[target]}"
+            return shown or f"“{self.references.titles[target]}”"
+        if role == "numref":
+            return f"Figure {self.figures[target]}"
+        if role == "eq":
+            return f"({self.equations[target]})"
+        if role in ("cite:t", "cite:p"):
+            works = [self.references.citations[key.strip()] for key in target.split(",")]
+            if role == "cite:t":
+                return " and ".join(_link(f"{who} ({year})", url) for who, year, url in works)
+            return "(" + "; ".join(_link(f"{who} {year}", url) for who, year, url in works) + ")"
+        raise ValueError(f"the export has no Markdown for the role {match.group()}")
+
+    def _directives(self, source: str) -> str:
+        out, box = [], None
+        for line in source.split("\n"):
+            opening = re.fullmatch(r"```\{([\w-]+)\} ?(.*)", line)
+            if box is not None and line == "```":
+                out += box.close()
+                box = None
+            elif box is not None:
+                box.lines.append(line)
+            elif opening:
+                box = _Box(self, *opening.groups())
+            else:
+                out.append(line)
+        if box is not None:
+            raise ValueError(f"directive {{{box.name}}} is not closed")
+        return "\n".join(out)
+
+    def caption(self, cell) -> str | None:
+        """A code cell's figure caption, which plain notebooks would not show."""
+        figure = cell.metadata.get("mystnb", {}).get("figure")
+        if not figure:
+            return None
+        number = self.figures[figure["name"]]
+        return f"**Figure {number}.** " + self.text(figure["caption"])
+
+
+@dataclass
+class _Box:
+    """One fenced directive on its way to a block quote or a heading."""
+
+    converter: Converter
+    name: str
+    title: str
+    lines: list[str] = field(default_factory=list)
+
+    def close(self) -> list[str]:
+        options = dict(re.fullmatch(r":([\w-]+): *(.*)", x).groups() for x in self._options())
+        body = "\n".join(x for x in self.lines if not x.startswith(":")).strip("\n")
+        if self.name == "exercise-start":
+            number = self.converter.exercises[options["label"]]
+            return [f"### Exercise {number}: {self.title}"]
+        if self.name == "solution-start":
+            return [f"#### Solution of exercise {self.converter.exercises[self.title]}"]
+        if self.name in ("exercise-end", "solution-end"):
+            return []
+        kinds = {"note": "Note", "tip": "Tip", "warning": "Warning"}
+        if self.name in ("admonition", "dropdown", *kinds):
+            title = kinds.get(self.name, self.title)
+            text = f"**{title}**\n\n{body}".split("\n")
+            return [f"> {line}".rstrip() for line in text]
+        raise ValueError(f"the export has no Markdown for the directive {{{self.name}}}")
+
+    def _options(self) -> list[str]:
+        return [x for x in self.lines if re.fullmatch(r":[\w-]+:.*", x)]
+
+
+# ------------------------------------------------------------------------- the export
+
+SETUP = """\
+# Setup. Does nothing where depthutil is importable; otherwise installs it, with the
+# archived results that the chapters read. An installed torch stays as it is.
+# DEPTHUTIL_SOURCE=/path/to/a/clone installs from there instead, without GitHub.
+import importlib, importlib.metadata, importlib.util, os, subprocess, sys, tempfile
+
+if importlib.util.find_spec("depthutil"):
+    print("depthutil is here already: nothing to install.")
+else:
+    source = os.environ.get("DEPTHUTIL_SOURCE") or {source!r}
+    if not source:
+        raise RuntimeError("This notebook was exported without a repository: "
+                           "set DEPTHUTIL_SOURCE to a clone of the book and run this cell again.")
+    print(f"Installing depthutil and its archived results from {{source}} ...")
+    with tempfile.TemporaryDirectory() as folder:
+        keep = os.path.join(folder, "keep.txt")
+        with open(keep, "w") as file:
+            if importlib.util.find_spec("torch"):
+                version = importlib.metadata.version("torch")
+                file.write(f"torch=={{version}}\\n")
+                print(f"torch {{version}} is installed and stays.")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", keep, source]
+        if subprocess.run(pip).returncode:
+            raise RuntimeError(f"pip could not install depthutil from {{source}}: "
+                               "its message above says why.")
+    importlib.invalidate_caches()
+    print("Done: depthutil", importlib.metadata.version("depthutil"))
+"""
+
+
+def export(page: str, references: References, repo: str | None, *, student: bool = False):
+    """One page as a notebook for Colab and Jupyter.
+
+    Parameters
+    ----------
+    page : str
+        Path of the page without extension.
+    references : References
+    repo : str or None
+        ``owner/name`` that the setup cell installs from.
+    student : bool
+        Leave the solutions out, and an empty cell in their place.
+    """
+    path = ROOT / f"{page}.md"
+    source = path.read_text()
+    notebook = jupytext.reads(source, fmt="md:myst")
+    convert = Converter(references, source)
+    setup = nbformat.v4.new_code_cell(
+        SETUP.format(source=f"git+https://github.com/{repo}" if repo else ""),
+        metadata={"tags": ["setup"]},
+    )
+    cells, in_solution = [setup], False
+    for cell in _split_at_solutions(notebook.cells):
+        starts = cell.cell_type == "markdown" and "```{solution-start}" in cell.source
+        in_solution = in_solution or starts
+        ends = cell.cell_type == "markdown" and "```{solution-end}" in cell.source
+        if not (student and in_solution):
+            cells += _plain(cell, convert)
+        elif starts:
+            answer = nbformat.v4.new_code_cell("# Your answer\n")
+            cells.append(answer)
+        in_solution = in_solution and not ends
+    for number, cell in enumerate(cells):
+        cell["id"] = f"cell-{number}"
+    exported = nbformat.v4.new_notebook(cells=cells)
+    exported.metadata = {
+        "kernelspec": dict(notebook.metadata["kernelspec"]),
+        "language_info": {"name": "python"},
+    }
+    return exported
+
+
+def _split_at_solutions(cells):
+    """Cut Markdown cells so that a solution's directives open and close their own cells."""
+    for cell in cells:
+        if cell.cell_type != "markdown":
+            yield cell
+            continue
+        text = re.sub(r"^(```\{solution-start\})", r"\0\1", cell.source, flags=re.M)
+        text = re.sub(r"^(```\{solution-end\}\n```)$", r"\1\0", text, flags=re.M)
+        for part in text.split("\0"):
+            if part.strip():
+                yield nbformat.v4.new_markdown_cell(part.strip("\n"))
+
+
+def _plain(cell, convert: Converter) -> list:
+    if cell.cell_type == "markdown":
+        text = convert.text(cell.source)
+        return [nbformat.v4.new_markdown_cell(text)] if text else []
+    cell = nbformat.v4.new_code_cell(cell.source, metadata=copy.deepcopy(dict(cell.metadata)))
+    caption = convert.caption(cell)
+    return [cell, nbformat.v4.new_markdown_cell(caption)] if caption else [cell]
+
+
+def export_all() -> list[str]:
+    """Export every page with code; return their names. Untouched files keep their dates."""
+    references, repo = References.of_book(), repository()
+    names = [page for page in pages() if is_notebook(page)]
+    wanted = set()
+    for name in names:
+        for folder, student in ((EXPORTED, False), (EXPORTED / "student", True)):
+            path = folder / f"{name}.ipynb"
+            wanted.add(path)
+            text = nbformat.writes(export(name, references, repo, student=student)) + "\n"
+            if not path.exists() or path.read_text() != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+    for path in EXPORTED.rglob("*.ipynb"):
+        if path not in wanted:
+            path.unlink()
+    return names
+
+
+# ---------------------------------------------------------------------- the execution
+
+
+def _inputs(name: str) -> str:
+    """A fingerprint of all that a chapter's outputs depend on."""
+    digest = hashlib.sha256((EXPORTED / f"{name}.ipynb").read_bytes())
+    files = [ROOT / "constraints.txt"]
+    for folder in ("depthutil", "results"):
+        files += [p for p in (ROOT / folder).rglob("*") if p.is_file()]
+    for path in sorted(files):
+        if "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(ROOT)).encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def execute() -> int:
+    """Run nbmake on each exported notebook whose inputs changed since it last passed."""
+    names = export_all()
+    ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    inputs = {name: _inputs(name) for name in names}
+    stale = [
+        name
+        for name in names
+        if ledger.get(name) != inputs[name] or not (EXECUTED / f"{name}.ipynb").exists()
+    ]
+    print(f"Notebooks: {len(stale)} to execute, {len(names) - len(stale)} unchanged.", flush=True)
+    if not stale:
+        return 0
+    paths = []
+    for name in stale:
+        path = EXECUTED / f"{name}.ipynb"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(EXPORTED / f"{name}.ipynb", path)
+        paths.append(str(path))
+        ledger.pop(name, None)
+    LEDGER.write_text(json.dumps(ledger, indent=1))
+    # One process a core, and one thread a process: what a chapter's time means.
+    workers = min(len(stale), os.cpu_count() or 1)
+    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "-n", str(workers)]
+    command += [f"--nbmake-timeout={SECONDS_PER_CHAPTER}", "--durations=0", "--durations-min=1"]
+    command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=", "--no-header"]
+    result = subprocess.run(command + paths, cwd=ROOT).returncode
+    for name in stale:
+        executed = nbformat.read(EXECUTED / f"{name}.ipynb", as_version=4)
+        if _finished(executed):
+            _remember(name, executed)
+            ledger[name] = inputs[name]
+    LEDGER.write_text(json.dumps(ledger, indent=1))
+    return result
+
+
+def _finished(notebook) -> bool:
+    """Whether every code cell ran, none of them into an error."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    failed = any(o.output_type == "error" for cell in code for o in cell.outputs)
+    return not failed and all(cell.execution_count for cell in code)
+
+
+def _remember(name: str, executed) -> None:
+    """Put a chapter's outputs where Jupyter Book looks before it executes anything."""
+    from jupyter_cache import get_cache
+    from jupyter_cache.base import CacheBundleIn
+    from myst_nb.core.config import NbParserConfig
+    from myst_nb.core.read import create_nb_reader
+    from myst_parser.config.main import MdParserConfig
+
+    path = ROOT / f"{name}.md"
+    # As the book reads it, so that the book finds it again.
+    reader = create_nb_reader(str(path), MdParserConfig(), NbParserConfig(), path.read_text())
+    notebook = reader.read(path.read_text())
+    ran = [c for c in executed.cells if c.cell_type == "code" and "setup" not in _tags(c)]
+    cells = [c for c in notebook.cells if c.cell_type == "code"]
+    if [c.source for c in ran] != [c.source for c in cells]:
+        raise RuntimeError(f"{path}: the exported notebook's code differs from the chapter's")
+    for cell, done in zip(cells, ran, strict=True):
+        cell.outputs = done.outputs
+        cell.execution_count = done.execution_count - 1  # the setup cell is not shown
+    bundle = CacheBundleIn(notebook, str(path), data={"execution_seconds": seconds(executed)})
+    get_cache(CACHE).cache_notebook_bundle(bundle, check_validity=False, overwrite=True)
+
+
+def _tags(cell) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
+def seconds(executed) -> float:
+    """Wall time between the first cell's start and the last cell's end."""
+    from datetime import datetime
+
+    def when(cell, key):
+        return datetime.fromisoformat(cell.metadata["execution"][key].replace("Z", "+00:00"))
+
+    ran = [cell for cell in executed.cells if "execution" in cell.metadata]
+    ended = when(ran[-1], "iopub.status.idle") - when(ran[0], "iopub.status.busy")
+    return ended.total_seconds()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["export", "execute"])
+    if parser.parse_args().what == "execute":
+        sys.exit(execute())
+    for exported_page in export_all():
+        print(EXPORTED / f"{exported_page}.ipynb")
