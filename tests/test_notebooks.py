@@ -101,8 +101,9 @@ def _run_setup(python: Path, repo, tmp_path, then="", **environment):
     script = tmp_path / "setup.py"
     script.write_text(notebook.cells[0].source + "\n" + textwrap.dedent(then))
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "DEPTHUTIL_SOURCE")}
-    # The build tool is in the environment already, so that no network is needed.
-    env |= {"PIP_NO_BUILD_ISOLATION": "1", "PIP_NO_INDEX": "1"} | environment
+    # The build tool is in the environment already, so that no network is needed. pip reads
+    # this variable as the option's value: "0" means no isolation.
+    env |= {"PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"} | environment
     return subprocess.run(
         [python, script], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=300
     )

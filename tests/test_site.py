@@ -56,9 +56,10 @@ def test_internal_links_resolve(name):
     here = SITE / name
     for link in _page(here).links + _page(here).resources:
         address, fragment = urldefrag(link)
-        if urlsplit(address).scheme:
+        parts = urlsplit(address)
+        if parts.scheme:
             continue
-        target = (here.parent / unquote(address)).resolve() if address else here
+        target = (here.parent / unquote(parts.path)).resolve() if parts.path else here
         if target.is_dir():
             target /= "index.html"
         assert target.exists(), f"{link} leads nowhere"

@@ -130,6 +130,15 @@ def add_buttons(app, page, template, context, doctree):
     )
 
 
+def drop_thebe(app, page, template, context, doctree):
+    """Leave out Jupyter Book's live-code scripts: unused here, and declared twice."""
+    context["script_files"] = [
+        script
+        for script in context["script_files"]
+        if "thebe" not in f"{script.filename}{script.attributes.get('body', '')}".lower()
+    ]
+
+
 def depend_on_execution(app, page, source):
     """Read a page again when its notebook was executed again."""
     executed = notebooks.EXECUTED / f"{page}.ipynb"
@@ -150,5 +159,6 @@ def setup(app):
     app.connect("source-read", depend_on_execution)
     # After the theme has made its (empty) list of header buttons.
     app.connect("html-page-context", add_buttons, priority=900)
+    app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_notebooks)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
