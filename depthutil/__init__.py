@@ -5,8 +5,10 @@ module          holds
 =============== ==============================================================
 ``scaling``     the law of loss against width, depth and data: exact fits,
                 intervals, comparison of laws, optimal shape (needs no torch)
-``regimes``     three ways to use depth as minimal simulations, and the
-                diagnostic that tells them apart from hidden states
+``regimes``     three ways to use depth as minimal simulations, built and
+                learned, and the exponent of loss against depth
+``signatures``  what hidden states say: the Gram matrix of updates, and the
+                diagnostic that tells the three ways apart
 ``explorer``    the law as a figure that the reader moves
 ``archive``     measurements that take longer than a chapter may: saved and
                 read with their provenance

@@ -125,7 +125,7 @@ def test_every_label_is_used_once():
     labels = [
         label
         for page in notebooks.pages()
-        for label in re.findall(r"^\(([\w-]+)\)=$|^\$\$ \(([\w-]+)\)$", _source(page), re.M)
+        for label in re.findall(r"^\(([\w-]+)\)=$|\$\$ \(([\w-]+)\)$", _source(page), re.M)
     ]
     flat = ["".join(pair) for pair in labels]
     assert len(flat) == len(set(flat))

@@ -112,7 +112,7 @@ class Converter:
         self.references = references
         # Sphinx numbers within a chapter; the notebook counts the same things in the
         # same order, without the chapter's own number.
-        self.equations = self._count(r"^\$\$ *\(([\w-]+)\) *$", source)
+        self.equations = self._count(r"\$\$ *\(([\w-]+)\) *$", source)
         self.figures = self._count(r"^    name: ([\w-]+)$", source)
         self.exercises = self._count(r"^:label: (ex-[\w-]+)$", source)
 
@@ -126,15 +126,20 @@ class Converter:
         source = re.sub(r"^\([\w-]+\)=\n", "", source, flags=re.M)
         source = self._directives(source)
         source = re.sub(
-            r"^\$\$ *\(([\w-]+)\) *$",
-            lambda m: rf"\tag{{{self.equations[m.group(1)]}}}" + "\n$$",
+            r" *\$\$ *\(([\w-]+)\) *$",
+            lambda m: rf" \tag{{{self.equations[m.group(1)]}}} $$",
             source,
             flags=re.M,
         )
         return re.sub(r"\{([a-z:]+)\}`([^`]+)`", self._role, source).strip()
 
     def _role(self, match: re.Match) -> str:
-        role, content = match.groups()
+        try:
+            return self._plain_role(*match.groups())
+        except KeyError as error:
+            raise ValueError(f"{match.group()} names nothing in the book: {error}") from None
+
+    def _plain_role(self, role: str, content: str) -> str:
         named = re.fullmatch(r"(.+?)\s*<([^>]+)>", content, re.S)
         shown, target = named.groups() if named else (None, content)
         if role == "term":
@@ -152,7 +157,7 @@ class Converter:
             if role == "cite:t":
                 return " and ".join(_link(f"{who} ({year})", url) for who, year, url in works)
             return "(" + "; ".join(_link(f"{who} {year}", url) for who, year, url in works) + ")"
-        raise ValueError(f"the export has no Markdown for the role {match.group()}")
+        raise ValueError(f"the export has no Markdown for the role {{{role}}}")
 
     def _directives(self, source: str) -> str:
         out, box = [], None
