@@ -1,0 +1,859 @@
+"""The law of loss against width, depth and data: fitted exactly, then questioned.
+
+``load_chinchilla``      245 published training runs
+``drop_highest``         leave out the runs of highest loss
+``fit``                  the exact minimum, as a :class:`ScalingFit`
+``fit_many``             the same law for many sets of losses at once
+``terms``, ``predict``   the law read forwards
+``compare``              laws side by side: AIC, BIC, held-out error
+``optimal_shape``        the best width and depth for a number of parameters
+``adam_path``            the same objective by a fixed number of Adam steps
+
+A law is a sum of falling power laws and a floor,
+``L = c_width/width**alpha_width + c_depth/depth**alpha_depth + ... + L0``,
+with coefficients and floor at least 0. It is fitted to the logarithm of the
+loss by least squares. The law of width, depth and data, and the question what
+it says about depth, are those of Liu et al. (arXiv 2602.05970, Figure 2f and
+appendix B); the law in parameters and data is that of Hoffmann et al. (arXiv
+2203.15556, section 3.3). This module needs numpy, scipy and pandas, not torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from depthutil import _solver
+from depthutil._solver import ALPHA_MAX
+
+#: The laws that :func:`fit` knows, by the quantities whose power laws they add.
+LAWS = {
+    "width-depth-data": ("width", "depth", "data"),
+    "params-data": ("params", "data"),
+    "depth-data": ("depth", "data"),
+    "depth": ("depth",),
+}
+
+
+# --------------------------------------------------------------------- runs
+
+
+def load_chinchilla() -> pd.DataFrame:
+    """The 245 training runs of Hoffmann et al. (2022), as read from the literature.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a run: ``width`` (hidden size), ``depth`` (layers), ``params``
+        (parameters), ``tokens`` (training tokens) and ``loss`` (nats per token).
+        Losses and sizes were read from Figure 4 of arXiv 2203.15556 by Besiroglu
+        et al. (arXiv 2404.10102); shapes are from its Table A9.
+
+    Examples
+    --------
+    >>> load_chinchilla().shape
+    (245, 5)
+    """
+    with resources.files("depthutil").joinpath("data/chinchilla_runs.csv").open() as file:
+        return pd.read_csv(file)
+
+
+def drop_highest(runs: pd.DataFrame, count: int = 40) -> pd.DataFrame:
+    """Keep the runs whose loss is below the ``count``-th largest.
+
+    Runs that tie with the ``count``-th largest go too. Of the Chinchilla runs, the
+    default leaves out 42, because three share the 40th largest loss, and keeps the
+    203 that Liu et al. (arXiv 2602.05970, appendix B) fitted.
+
+    Examples
+    --------
+    >>> len(drop_highest(load_chinchilla(), 40))
+    203
+    """
+    _check_columns(runs, ("loss",))
+    if not 0 <= count < len(runs):
+        raise ValueError(
+            f"count must be from 0 to {len(runs) - 1} for {len(runs)} runs, not {count}"
+        )
+    if count == 0:
+        return runs.copy()
+    return runs[runs["loss"] < runs["loss"].nlargest(count).iloc[-1]]
+
+
+def _column(quantity: str) -> str:
+    return "tokens" if quantity == "data" else quantity
+
+
+def _names(law: str) -> list[str]:
+    parts = LAWS[law]
+    return [f"c_{part}" for part in parts] + [f"alpha_{part}" for part in parts] + ["L0"]
+
+
+def _law_of(params: pd.Series) -> str:
+    for law in LAWS:
+        if list(params.index) == _names(law):
+            return law
+    raise ValueError(f"no law has the parameters {list(params.index)}; the laws are {list(LAWS)}")
+
+
+def _check_law(law: str) -> None:
+    if law not in LAWS:
+        raise ValueError(f"law must be one of {list(LAWS)}, not {law!r}")
+
+
+def _check_columns(runs: pd.DataFrame, columns: Iterable[str]) -> None:
+    if not isinstance(runs, pd.DataFrame):
+        raise TypeError(f"runs must be a pandas DataFrame, not {type(runs).__name__}")
+    for column in columns:
+        if column not in runs:
+            raise ValueError(f"runs need a column {column!r}; they have {list(runs.columns)}")
+        if not pd.api.types.is_numeric_dtype(runs[column]):
+            raise ValueError(f"column {column!r} must hold numbers, not {runs[column].dtype}")
+        bad = ~(np.isfinite(runs[column]) & (runs[column] > 0))
+        if bad.any():
+            row = bad.idxmax()
+            raise ValueError(
+                f"{column!r} must be finite and above 0, but is {runs[column].loc[row]} in row "
+                f"{row!r} ({bad.sum()} such): leave those runs out"
+            )
+
+
+def _inputs(runs: pd.DataFrame, law: str, depth_offset: float) -> np.ndarray:
+    """Logarithms of the law's inputs, (terms, runs), after checking them."""
+    _check_law(law)
+    _check_columns(runs, map(_column, LAWS[law]))
+    if depth_offset and len(runs) and not depth_offset < runs["depth"].min():
+        raise ValueError(
+            f"depth_offset must be below the smallest depth, {runs['depth'].min()}, "
+            f"not {depth_offset}"
+        )
+    shift = {"depth": depth_offset}
+    return np.log([runs[_column(part)].to_numpy(float) - shift.get(part, 0) for part in LAWS[law]])
+
+
+# ------------------------------------------------------------------ the law
+
+
+def terms(params: pd.Series, runs: pd.DataFrame, *, depth_offset: float = 0) -> pd.DataFrame:
+    """What each term of the law contributes to the loss of each run.
+
+    Parameters
+    ----------
+    params : pandas.Series
+        As ``ScalingFit.params``; its names say which law it is.
+    runs : pandas.DataFrame
+        Rows with the law's inputs (``width``, ``depth``, ``params``, ``tokens``).
+    depth_offset : float
+        Layers that do not count: the law is read at ``depth - depth_offset``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Nats per token, a column for each quantity of the law and one for ``L0``.
+
+    Examples
+    --------
+    >>> law = pd.Series({"c_depth": 2.0, "alpha_depth": 1.0, "L0": 1.5})
+    >>> terms(law, pd.DataFrame({"depth": [1, 2, 4]}))
+       depth   L0
+    0    2.0  1.5
+    1    1.0  1.5
+    2    0.5  1.5
+    """
+    law = _law_of(params)
+    x = _inputs(runs, law, depth_offset)
+    parts = {
+        part: params[f"c_{part}"] * np.exp(-params[f"alpha_{part}"] * x[k])
+        for k, part in enumerate(LAWS[law])
+    }
+    return pd.DataFrame(parts | {"L0": params["L0"]}, index=runs.index)
+
+
+def predict(params: pd.Series, runs: pd.DataFrame, *, depth_offset: float = 0) -> pd.Series:
+    """The law's loss for each run, in nats per token: the sum of :func:`terms`.
+
+    Examples
+    --------
+    >>> law = pd.Series({"c_depth": 2.0, "alpha_depth": 1.0, "L0": 1.5})
+    >>> predict(law, pd.DataFrame({"depth": [1, 2, 4]})).tolist()
+    [3.5, 2.5, 2.0]
+    """
+    return terms(params, runs, depth_offset=depth_offset).sum(axis=1).rename("loss")
+
+
+# ------------------------------------------------------------------ fitting
+
+
+def _problem(x: np.ndarray, law: str, fixed: Mapping[str, float], huber_delta: float | None):
+    values = np.array([float(fixed.get(name, np.nan)) for name in _names(law)])
+    centre = np.where(np.isnan(values[: len(x)]), x.mean(axis=1), 0.0)
+    delta = np.inf if huber_delta is None else float(huber_delta)
+    return _solver.Problem(x - centre[:, None], centre, values, delta)
+
+
+def _check_fit(runs, law, depth_offset, fixed, huber_delta) -> tuple[np.ndarray, dict]:
+    x = _inputs(runs, law, depth_offset)
+    fixed = dict(fixed or {})
+    for name, number in fixed.items():
+        if name not in _names(law):
+            raise ValueError(f"fixed names {name!r}; law {law!r} has {_names(law)}")
+        if not (np.isfinite(number) and number >= 0):
+            raise ValueError(f"fixed[{name!r}] must be finite and at least 0, not {number}")
+        if name.startswith("alpha_") and number > ALPHA_MAX:
+            raise ValueError(f"fixed[{name!r}] must be at most {ALPHA_MAX:g}, not {number}")
+    if depth_offset and "depth" not in LAWS[law]:
+        raise ValueError(f"law {law!r} has no depth, so depth_offset={depth_offset} has no meaning")
+    if huber_delta is not None and not huber_delta > 0:
+        raise ValueError(
+            f"huber_delta must be above 0, or None for least squares, not {huber_delta}"
+        )
+    free = len(_names(law)) - len(fixed)
+    if len(runs) < max(free, 1):
+        raise ValueError(
+            f"{len(runs)} runs cannot determine {free} parameters: bring more runs, or fix some"
+        )
+    for part, row in zip(LAWS[law], x, strict=True):
+        if np.ptp(row) == 0 and not {f"c_{part}", f"alpha_{part}"} <= fixed.keys():
+            raise ValueError(
+                f"{_column(part)} is {runs[_column(part)].iloc[0]} in every run, so its term "
+                f"cannot be told from L0: vary it, choose a law without it, or fix "
+                f"c_{part} and alpha_{part}"
+            )
+    return x, fixed
+
+
+def fit(
+    runs: pd.DataFrame,
+    law: str = "width-depth-data",
+    *,
+    depth_offset: float = 0,
+    fixed: Mapping[str, float] | None = None,
+    huber_delta: float | None = None,
+) -> ScalingFit:
+    """Fit a law to training runs: the exact minimum of the log-loss objective.
+
+    The search starts from the best of a grid of exponents and polishes each start
+    with a damped Newton method on analytic derivatives; it is deterministic.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        One row a run: ``loss`` in nats per token and the law's inputs, ``width``,
+        ``depth``, ``params``, ``tokens``.
+    law : {"width-depth-data", "params-data", "depth-data", "depth"}
+        Which power laws are added.
+    depth_offset : float
+        Fit ``depth - depth_offset`` in place of ``depth``.
+    fixed : dict of str to float, optional
+        Parameters held at a value, such as ``{"alpha_depth": 1.0}``.
+    huber_delta : float, optional
+        Errors larger than this (in log loss) count linearly, not squared.
+
+    Returns
+    -------
+    ScalingFit
+
+    Raises
+    ------
+    ValueError, TypeError
+        If the runs cannot determine the law, in a sentence that says why.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"depth": [1, 2, 4, 8, 16]})
+    >>> runs["loss"] = 1.5 + 2.0 / runs["depth"]
+    >>> fit(runs, law="depth").params.round(4).to_dict()
+    {'c_depth': 2.0, 'alpha_depth': 1.0, 'L0': 1.5}
+    """
+    x, fixed = _check_fit(runs, law, depth_offset, fixed, huber_delta)
+    _check_columns(runs, ("loss",))
+    problem = _problem(x, law, fixed, huber_delta)
+    y = np.log(runs["loss"].to_numpy(float))
+    theta, value = _solver.search_wide(problem, y)
+    names = _names(law)
+    return ScalingFit(
+        law=law,
+        runs=runs,
+        params=pd.Series(_solver.natural(problem, theta), index=names, name="estimate"),
+        cov=pd.DataFrame(_solver.covariance(problem, theta, y), index=names, columns=names),
+        objective=100 * value / len(y),
+        depth_offset=depth_offset,
+        fixed=fixed,
+        huber_delta=huber_delta,
+    )
+
+
+def fit_many(
+    runs: pd.DataFrame,
+    losses: np.ndarray,
+    law: str = "width-depth-data",
+    *,
+    depth_offset: float = 0,
+    fixed: Mapping[str, float] | None = None,
+) -> pd.DataFrame:
+    """Fit the same law to many sets of losses at the same runs, all at once.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        The inputs; a ``loss`` column is ignored.
+    losses : numpy.ndarray
+        Shape (sets, runs), nats per token.
+    law, depth_offset, fixed
+        As in :func:`fit`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a set: the law's parameters, and ``objective`` as in :class:`ScalingFit`.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"depth": [1, 2, 4, 8, 16]})
+    >>> losses = 1.5 + np.array([[2.0], [3.0]]) / runs["depth"].to_numpy()
+    >>> fit_many(runs, losses, law="depth")["c_depth"].round(4).tolist()
+    [2.0, 3.0]
+    """
+    x, fixed = _check_fit(runs, law, depth_offset, fixed, None)
+    losses = np.asarray(losses, dtype=float)
+    if losses.ndim != 2 or losses.shape[1] != len(runs):
+        raise ValueError(f"losses must have shape (sets, {len(runs)}), not {losses.shape}")
+    if not (np.isfinite(losses) & (losses > 0)).all():
+        raise ValueError("losses must all be finite and above 0")
+    problem = _problem(x, law, fixed, None)
+    theta, value = _solver.search(problem, np.log(losses), np.ones(losses.shape), starts=3)
+    table = pd.DataFrame(_solver.natural(problem, theta), columns=_names(law))
+    return table.assign(objective=100 * value / len(runs))
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """How much worse the law fits when one parameter is held at each value.
+
+    Attributes
+    ----------
+    name : str
+        The parameter.
+    table : pandas.DataFrame
+        ``value``, ``objective`` of the best fit with the parameter there, and
+        ``deviance``, twice the drop of the log likelihood from its maximum.
+    interval : (float, float)
+        Where the deviance stays below ``threshold``; 0 or ``inf`` where it never rises to it.
+    level, threshold : float
+        Confidence level and the chi-squared quantile it stands for.
+    """
+
+    name: str
+    table: pd.DataFrame
+    interval: tuple[float, float]
+    level: float
+    threshold: float
+
+
+@dataclass(frozen=True, eq=False)
+class ScalingFit:
+    """A fitted law, with what is needed to doubt it.
+
+    Attributes
+    ----------
+    law : str
+        Its name, a key of ``LAWS``.
+    runs : pandas.DataFrame
+        The runs that were fitted.
+    params : pandas.Series
+        Estimates: ``c_width, c_depth, c_data, alpha_width, alpha_depth, alpha_data, L0`` for
+        ``"width-depth-data"``; ``c_params, c_data, alpha_params, alpha_data, L0`` for
+        ``"params-data"``.
+    cov : pandas.DataFrame
+        Their covariance from the curvature at the minimum; 0 for fixed parameters, NaN for
+        those at an edge (a coefficient or floor of 0, an exponent of 0 or ``ALPHA_MAX``).
+    objective : float
+        100 × the mean squared log residual; with ``huber_delta`` d, a residual r beyond d
+        counts as ``2 d |r| - d**2`` in place of ``r**2``.
+    depth_offset, fixed, huber_delta
+        As given to :func:`fit`.
+    """
+
+    law: str
+    runs: pd.DataFrame = field(repr=False)
+    params: pd.Series
+    cov: pd.DataFrame = field(repr=False)
+    objective: float
+    depth_offset: float = 0
+    fixed: Mapping[str, float] = field(default_factory=dict)
+    huber_delta: float | None = None
+
+    @property
+    def stderr(self) -> pd.Series:
+        """Standard errors of ``params``: square roots of the diagonal of ``cov``."""
+        diagonal = np.diag(self.cov)
+        return pd.Series(np.sqrt(diagonal), index=self.params.index, name="stderr")
+
+    @property
+    def correlation(self) -> pd.DataFrame:
+        """Correlation of the estimates of the free parameters."""
+        free = [name for name in self.params.index if name not in self.fixed]
+        error = self.stderr[free].to_numpy()
+        return self.cov.loc[free, free] / np.outer(error, error)
+
+    @property
+    def n_free(self) -> int:
+        """Number of parameters that were fitted."""
+        return len(self.params) - len(self.fixed)
+
+    @property
+    def log_likelihood(self) -> float:
+        """At the maximum, for normal log residuals of unknown variance."""
+        if self.huber_delta is not None:
+            raise ValueError("a Huber fit has no normal likelihood: fit with huber_delta=None")
+        n = len(self.runs)
+        variance = max(self.objective / 100, 1e-300)
+        return -0.5 * n * (np.log(2 * np.pi * variance) + 1)
+
+    @property
+    def aic(self) -> float:
+        """Akaike's criterion; the variance counts as a parameter."""
+        return 2 * (self.n_free + 1) - 2 * self.log_likelihood
+
+    @property
+    def bic(self) -> float:
+        """Schwarz's criterion; the variance counts as a parameter."""
+        return np.log(len(self.runs)) * (self.n_free + 1) - 2 * self.log_likelihood
+
+    def predict(self, runs: pd.DataFrame | None = None) -> pd.Series:
+        """The law's loss for ``runs`` (by default, those fitted), in nats per token."""
+        runs = self.runs if runs is None else runs
+        return predict(self.params, runs, depth_offset=self.depth_offset)
+
+    def residuals(self) -> pd.Series:
+        """Log of observed over predicted loss: near 0, the relative error."""
+        return np.log(self.runs["loss"] / self.predict()).rename("residual")
+
+    def refit(self, runs: pd.DataFrame | None = None, **changes) -> ScalingFit:
+        """The same law and options on other ``runs``, or with some options changed.
+
+        Examples
+        --------
+        >>> exact = fit(drop_highest(load_chinchilla()))
+        >>> bool(exact.refit(fixed={"alpha_depth": 1.0}).objective > exact.objective)
+        True
+        """
+        options = {
+            "law": self.law,
+            "depth_offset": self.depth_offset,
+            "fixed": self.fixed,
+            "huber_delta": self.huber_delta,
+        }
+        return fit(self.runs if runs is None else runs, **options | changes)
+
+    def summary(self, level: float = 0.95) -> str:
+        """A regression table, as text to print.
+
+        Examples
+        --------
+        >>> print(fit(drop_highest(load_chinchilla()), law="params-data").summary())
+        L = c_params/params^alpha_params + c_data/tokens^alpha_data + L0
+        203 runs, 5 free parameters, objective 0.0029343
+        mean relative error 0.39 %, AIC -1530.5, BIC -1510.6
+                      estimate   std. error        95 % interval
+        c_params         880.2...
+        """
+        power = [f"c_{part}/{self._symbol(part)}^alpha_{part}" for part in LAWS[self.law]]
+        error = np.abs(np.expm1(self.residuals())).mean()
+        lines = [
+            f"L = {' + '.join([*power, 'L0'])}",
+            f"{len(self.runs)} runs, {self.n_free} free parameters, objective {self.objective:.7f}",
+            f"mean relative error {100 * error:.2f} %"
+            + (
+                f", AIC {self.aic:.1f}, BIC {self.bic:.1f}"
+                if self.huber_delta is None
+                else f", Huber loss beyond {self.huber_delta:g}"
+            ),
+            f"{'':<12}{'estimate':>10}{'std. error':>13}{f'{100 * level:g} % interval':>21}",
+        ]
+        quantile = stats.t.ppf(0.5 + level / 2, max(len(self.runs) - self.n_free, 1))
+        for name, estimate in self.params.items():
+            if name in self.fixed:
+                lines.append(f"{name:<12}{estimate:>10.4g}{'fixed':>13}")
+                continue
+            error = self.stderr[name]
+            low, high = estimate - quantile * error, estimate + quantile * error
+            lines.append(f"{name:<12}{estimate:>10.4g}{error:>13.3g}{low:>12.4g}{high:>9.4g}")
+        return "\n".join(lines)
+
+    def _symbol(self, part: str) -> str:
+        shifted = part == "depth" and self.depth_offset
+        return f"(depth - {self.depth_offset:g})" if shifted else _column(part)
+
+    def _parts(self) -> tuple[_solver.Problem, np.ndarray, np.ndarray]:
+        x = _inputs(self.runs, self.law, self.depth_offset)
+        problem = _problem(x, self.law, self.fixed, self.huber_delta)
+        y = np.log(self.runs["loss"].to_numpy(float))
+        return problem, y, _solver.standard(problem, self.params.to_numpy())
+
+    def _refit_weighted(self, weights: np.ndarray) -> pd.DataFrame:
+        """Refit with (B, n) weights of the runs, from the optimum and one start more."""
+        problem, y, warm = self._parts()
+        theta, _ = _solver.search(problem, y, weights.astype(float), starts=1, warm=warm)
+        return pd.DataFrame(_solver.natural(problem, theta), columns=self.params.index)
+
+    def bootstrap(
+        self, n: int = 200, seed: int = 0, *, by: Iterable[str] | None = None
+    ) -> pd.DataFrame:
+        """Refit to resampled runs: the pairs bootstrap, every refit to its own minimum.
+
+        Parameters
+        ----------
+        n : int
+            Number of resamples.
+        seed : int
+            Of the resampling.
+        by : sequence of str, optional
+            Columns that say which runs belong together, such as ``["width", "depth"]``:
+            whole groups are resampled, for errors that the runs of a group share.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row a resample, one column a parameter.
+
+        Examples
+        --------
+        >>> draws = fit(drop_highest(load_chinchilla())).bootstrap(100)
+        >>> low, high = draws["alpha_depth"].quantile([0.025, 0.975])
+        >>> bool(0.8 < low < high < 2.0)
+        True
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1 resample, not {n}")
+        if by is None:
+            return self._refit_weighted(_resample(len(self.runs), n, seed))
+        _check_columns(self.runs, by := list(by))
+        group = self.runs.groupby(by).ngroup().to_numpy()
+        return self._refit_weighted(_resample(group.max() + 1, n, seed)[:, group])
+
+    def profile(self, name: str, level: float = 0.95, points: int = 41) -> Profile:
+        """Profile likelihood of one parameter, and its interval.
+
+        Parameters
+        ----------
+        name : str
+            A free parameter.
+        level : float
+            Confidence level of the interval.
+        points : int
+            Values in the table, over a range somewhat wider than the interval.
+
+        Returns
+        -------
+        Profile
+
+        Examples
+        --------
+        >>> alpha = fit(drop_highest(load_chinchilla())).profile("alpha_depth", points=5)
+        >>> [round(end, 2) for end in alpha.interval]
+        [0.94, 1.73]
+        """
+        if name not in self.params.index or name in self.fixed:
+            free = [p for p in self.params.index if p not in self.fixed]
+            raise ValueError(f"name must be a free parameter, one of {free}, not {name!r}")
+        best, threshold = self.params[name], float(stats.chi2.ppf(level, 1))
+        limit = ALPHA_MAX if name.startswith("alpha_") else np.inf
+        step = self.stderr[name] if np.isfinite(self.stderr[name]) else max(abs(best), 0.1)
+        deviance = self._deviance(name)
+        low = _crossing(deviance, best, -step, 0.0, threshold)
+        high = _crossing(deviance, best, step, limit, threshold)
+        ends = max(low, 0.0), high if np.isfinite(high) else min(best + 6 * step, limit)
+        margin = 0.15 * (ends[1] - ends[0])
+        values = np.linspace(max(ends[0] - margin, 0), min(ends[1] + margin, limit), points)
+        rise = deviance(values)
+        table = pd.DataFrame(
+            {
+                "value": values,
+                "objective": self.objective * np.exp(rise / len(self.runs)),
+                "deviance": rise,
+            }
+        )
+        return Profile(name, table, (max(low, 0.0), high), level, threshold)
+
+    def _deviance(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Twice the drop of the log likelihood with ``name`` held at each of some values."""
+        if self.huber_delta is not None:
+            raise ValueError("a Huber fit has no normal likelihood: fit with huber_delta=None")
+        x = _inputs(self.runs, self.law, self.depth_offset)
+        y = np.log(self.runs["loss"].to_numpy(float))
+        index, n = self.params.index.get_loc(name), len(y)
+
+        def held(value: float) -> _solver.Problem:
+            return _problem(x, self.law, dict(self.fixed) | {name: value}, None)
+
+        def deviance(values: np.ndarray) -> np.ndarray:
+            problem = held(values[0])
+            warm = np.tile(_solver.standard(problem, self.params.to_numpy()), (len(values), 1))
+            warm[:, index] = values
+            fresh = [_solver.screen(held(value), y, np.ones(n), 1)[0, 0] for value in values]
+            theta = np.concatenate([warm, fresh])
+            error = _solver.minimise(problem, theta, y, np.ones((1, n)))[1].reshape(2, -1).min(0)
+            return n * np.log(np.maximum(error / n * 100 / self.objective, 1))
+
+        return deviance
+
+    def cross_validate(
+        self, splits: int = 10, fraction: float = 0.2, seed: int = 0
+    ) -> pd.DataFrame:
+        """Fit to part of the runs, predict the rest, several times.
+
+        The same seed splits the same runs alike, whichever the law.
+
+        Parameters
+        ----------
+        splits : int
+            Number of random splits.
+        fraction : float
+            Share of the runs held out.
+        seed : int
+            Of the splits.
+
+        Returns
+        -------
+        pandas.DataFrame
+            One row a split: ``train`` and ``held_out``, 100 × the mean squared log
+            residual, and ``error``, the mean relative error of held-out runs.
+
+        Examples
+        --------
+        >>> fit(drop_highest(load_chinchilla())).cross_validate().shape
+        (10, 3)
+        """
+        size = len(self.runs)
+        held = round(fraction * size)
+        if splits < 1 or held < 1 or size - held < self.n_free:
+            raise ValueError(
+                f"cannot hold out {fraction:g} of {size} runs, {splits} times, and fit "
+                f"{self.n_free} parameters to the rest"
+            )
+        rng = np.random.default_rng(seed)
+        out = np.array([rng.permutation(size) < held for _ in range(splits)])
+        params = self._refit_weighted(~out)
+        y = np.log(self.runs["loss"].to_numpy())
+        rows = []
+        for mask, (_, law) in zip(out, params.iterrows(), strict=True):
+            r = np.log(predict(law, self.runs, depth_offset=self.depth_offset).to_numpy()) - y
+            rows.append(
+                {
+                    "train": 100 * (r[~mask] ** 2).mean(),
+                    "held_out": 100 * (r[mask] ** 2).mean(),
+                    "error": np.abs(np.expm1(r[mask])).mean(),
+                }
+            )
+        return pd.DataFrame(rows).rename_axis("split")
+
+
+def _resample(size: int, n: int, seed: int) -> np.ndarray:
+    """How often each run is in each resample, (n, size)."""
+    return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
+
+
+def _crossing(
+    deviance: Callable[[np.ndarray], np.ndarray],
+    best: float,
+    step: float,
+    limit: float,
+    threshold: float,
+) -> float:
+    """Where the deviance rises through the threshold on one side; infinite if it never does."""
+    values = best + step * 1.4 ** np.arange(-2, 14)
+    values = np.r_[best, np.clip(values, *sorted((limit, best)))]
+    for _ in range(5):
+        rise = deviance(values)
+        above = np.flatnonzero(rise > threshold)
+        if not len(above):
+            return float(np.copysign(np.inf, step))
+        values = np.linspace(values[above[0] - 1], values[above[0]], 12)
+    return float(values.mean())
+
+
+# --------------------------------------------------------- what fits are for
+
+
+def compare(fits: Mapping[str, ScalingFit], **cross_validation) -> pd.DataFrame:
+    """Laws fitted to the same losses, side by side.
+
+    Parameters
+    ----------
+    fits : dict of str to ScalingFit
+        A name for each.
+    **cross_validation
+        ``splits``, ``fraction`` and ``seed`` for :meth:`ScalingFit.cross_validate`.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a fit: free ``parameters``, ``objective``, ``AIC`` and ``BIC`` as
+        differences from the lowest, and mean ``held-out objective`` and ``held-out error``.
+
+    Examples
+    --------
+    >>> runs = drop_highest(load_chinchilla())
+    >>> fits = {law: fit(runs, law) for law in ("width-depth-data", "params-data")}
+    >>> compare(fits)["AIC"].round(1)
+    width-depth-data    10.3
+    params-data          0.0
+    Name: AIC, dtype: float64
+    """
+    if not fits:
+        raise ValueError("compare needs at least one fit")
+    first = next(iter(fits.values()))
+    for name, other in fits.items():
+        if not first.runs["loss"].equals(other.runs["loss"]):
+            raise ValueError(f"fit {name!r} is to other runs than the first: fit the same runs")
+    held = {name: one.cross_validate(**cross_validation).mean() for name, one in fits.items()}
+    table = pd.DataFrame(
+        {
+            "parameters": {name: one.n_free for name, one in fits.items()},
+            "objective": {name: one.objective for name, one in fits.items()},
+            "AIC": {name: one.aic for name, one in fits.items()},
+            "BIC": {name: one.bic for name, one in fits.items()},
+            "held-out objective": {name: mean["held_out"] for name, mean in held.items()},
+            "held-out error": {name: mean["error"] for name, mean in held.items()},
+        }
+    )
+    table[["AIC", "BIC"]] -= table[["AIC", "BIC"]].min()
+    return table
+
+
+def optimal_shape(
+    law: ScalingFit | pd.Series,
+    n_params: Iterable[float],
+    *,
+    draws: pd.DataFrame | None = None,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Width and depth that minimise the law at ``12 width**2 depth`` parameters.
+
+    Setting the derivative to 0 along ``depth = N / (12 width**2)`` gives
+    ``width**(a + 2 b) = a c_width / (2 b c_depth) (N / 12)**b``, with a and b the
+    exponents of width and depth (the law of Liu et al., arXiv 2602.05970).
+
+    Parameters
+    ----------
+    law : ScalingFit or pandas.Series
+        Of the law ``"width-depth-data"``, without ``depth_offset``.
+    n_params : sequence of float
+        Numbers of parameters N, without embeddings.
+    draws : pandas.DataFrame, optional
+        As from :meth:`ScalingFit.bootstrap`: adds an interval to each column.
+    level : float
+        Its confidence level.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by ``n_params``: ``width``, ``depth`` and ``loss`` (the sum of the width
+        and depth terms, nats), with ``_low`` and ``_high`` if ``draws`` were given.
+
+    Examples
+    --------
+    >>> law = pd.Series([300, 6, 500, 1, 1, 0.3, 1.75], index=fit(load_chinchilla()).params.index)
+    >>> shape = optimal_shape(law, [1e8, 1e9])
+    >>> (shape["width"] / shape["depth"]).round(3).tolist()
+    [25.0, 25.0]
+    """
+    if isinstance(law, ScalingFit):
+        if law.depth_offset:
+            raise ValueError(f"optimal_shape needs depth_offset=0, not {law.depth_offset}")
+        law = law.params
+    if _law_of(law) != "width-depth-data":
+        raise ValueError(f"optimal_shape needs the law 'width-depth-data', not {_law_of(law)!r}")
+    n = np.asarray(list(n_params), dtype=float)
+    if not (np.isfinite(n) & (n > 0)).all():
+        raise ValueError(f"n_params must be finite and above 0, not {list(n)}")
+
+    def shape(p) -> pd.DataFrame:
+        cw, cd, a, b = (p[k] for k in ("c_width", "c_depth", "alpha_width", "alpha_depth"))
+        if not min(cw, cd, a, b) > 0:  # one of the terms is absent: no optimum between them
+            return pd.DataFrame({"width": np.nan, "depth": np.nan, "loss": np.nan}, index=n)
+        width = np.exp((np.log(a * cw / (2 * b * cd)) + b * np.log(n / 12)) / (a + 2 * b))
+        depth = n / (12 * width**2)
+        table = {"width": width, "depth": depth, "loss": cw / width**a + cd / depth**b}
+        return pd.DataFrame(table, index=n)
+
+    best = shape(law).rename_axis("n_params")
+    if draws is None:
+        return best
+    cloud = np.stack([shape(row).to_numpy() for _, row in draws.iterrows()])
+    for tail, quantile in (("low", 0.5 - level / 2), ("high", 0.5 + level / 2)):
+        best[[f"{c}_{tail}" for c in ("width", "depth", "loss")]] = np.nanquantile(
+            cloud, quantile, axis=0
+        )
+    return best
+
+
+def adam_path(
+    runs: pd.DataFrame,
+    steps: int = 10_000,
+    *,
+    learning_rate: float = 3e-3,
+    start: Mapping[str, float] | None = None,
+    every: int = 100,
+) -> pd.DataFrame:
+    """The objective of :func:`fit`, by Adam: where it stands after so many steps.
+
+    The law is ``"width-depth-data"``, in logarithms of the coefficients, exponents and
+    ``L0``, with inputs in their own units. Liu et al. (arXiv 2602.05970, appendix B)
+    took 10,000 steps for each bootstrap refit and 50,000 for the fit itself; the start
+    and the learning rate used here are this book's choice.
+
+    Parameters
+    ----------
+    runs : pandas.DataFrame
+        As for :func:`fit`.
+    steps : int
+        Number of Adam steps (Kingma and Ba 2015, betas 0.9 and 0.999).
+    learning_rate : float
+        Step size, constant.
+    start : dict, optional
+        Values that replace those of the default start: ``c_width`` = ``c_data`` = 400,
+        ``c_depth`` = 4, exponents 1, ``L0`` 1.
+    every : int
+        Steps between rows of the answer.
+
+    Returns
+    -------
+    pandas.DataFrame
+        Indexed by ``step``: the parameters and ``objective`` (100 × mean squared log residual).
+
+    Examples
+    --------
+    >>> path = adam_path(drop_highest(load_chinchilla()), 200)
+    >>> path.index.tolist()
+    [0, 100, 200]
+    """
+    law = "width-depth-data"
+    x, _ = _check_fit(runs, law, 0, None, None)
+    _check_columns(runs, ("loss",))
+    y = np.log(runs["loss"].to_numpy(float))
+    first = {"c_width": 400, "c_depth": 4, "c_data": 400, "L0": 1} | dict(start or {})
+    theta = np.array([first.get(name, 1.0) for name in _names(law)], dtype=float)
+    theta[:3] = np.log(theta[:3])
+    mean, square = np.zeros(7), np.zeros(7)
+    rows = {}
+    for step in range(steps + 1):
+        term = np.exp(theta[:3, None] - theta[3:6, None] * x)
+        prediction = term.sum(0) + theta[6]
+        r = np.log(prediction) - y
+        if step % every == 0 or step == steps:
+            rows[step] = [*np.exp(theta[:3]), *theta[3:], 100 * (r @ r) / len(r)]
+        slope = 2 * r / prediction / len(r)
+        gradient = np.concatenate([term @ slope, -(term * x) @ slope, [slope.sum()]])
+        mean += 0.1 * (gradient - mean)
+        square += 0.001 * (gradient**2 - square)
+        unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
+        theta = theta - learning_rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+    columns = [*_names(law), "objective"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("step")
