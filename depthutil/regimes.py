@@ -139,7 +139,7 @@ def _pendulums(width: int, rng: np.random.Generator) -> Callable:
     return rate
 
 
-#: Smooth flows by name: each takes the width and a random generator, returns ``dx/dt``.
+#: Smooth flows by name – each takes the width and a random generator, returns ``dx/dt``.
 FLOWS: dict[str, Callable] = {"swirl": _swirl, "rotation": _rotation, "pendulums": _pendulums}
 
 

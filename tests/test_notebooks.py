@@ -64,6 +64,12 @@ def test_unknown_syntax_is_refused_rather_than_exported_raw():
         convert.text("```{mermaid}\nx\n```")
 
 
+def test_a_chapter_depends_on_the_modules_it_uses_and_on_no_others():
+    assert notebooks.modules("from depthutil import scaling") == {"scaling", "_solver"}
+    assert "signatures" in notebooks.modules("import depthutil.regimes as r")
+    assert notebooks.modules("import torch") == set()
+
+
 def test_repository_comes_from_the_environment_or_the_remote(monkeypatch, tmp_path):
     monkeypatch.setenv("GITHUB_REPOSITORY", "teacher/course")
     assert notebooks.repository(tmp_path) == "teacher/course"

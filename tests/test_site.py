@@ -93,14 +93,15 @@ def test_colab_buttons_point_at_published_notebooks(site):
         colab = [link for link in links if "colab" in link]
         assert colab == ([book_extension.colab_url(repo, page)] * len(colab) if repo else [])
         assert bool(colab) == bool(repo)
-        for folder in ("notebooks", "notebooks/student"):
-            assert (site / folder / f"{page}.ipynb").exists()
+        assert (site / "notebooks" / f"{page}.ipynb").exists()
+        student = site / "notebooks" / "student" / f"{page}.ipynb"
+        assert student.exists() == notebooks.has_exercises(page)
     kinds = [kind for kind, _, _ in book_extension.links("index", None)]
     assert "colab" not in kinds
-    (_, _, url), *_ = book_extension.links("chapters/a/b", "teacher/course")
+    (_, _, url), *_ = book_extension.links("index", "teacher/course")
     assert url == (
         "https://colab.research.google.com/github/teacher/course/blob/gh-pages/"
-        "notebooks/chapters/a/b.ipynb"
+        "notebooks/index.ipynb"
     )
 
 

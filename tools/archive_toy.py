@@ -16,9 +16,8 @@ import argparse
 import fcntl
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from depthutil import toy
 
@@ -51,29 +50,35 @@ def claimed(path: Path):
 def run(config: toy.ToyConfig, folder: Path, wanted: list[int] | None, threads: int) -> None:
     """Train those of the wanted shards that no other process is training."""
     for i, shard in enumerate(toy.shards(config)):
-        path = folder / f"{toy.name(shard)}.pt"
+        path = folder / f"{toy.slug(shard)}.pt"
         if wanted is not None and i not in wanted:
             continue
         with claimed(path) as ours:
-            print(f"shard {i}: {toy.name(shard)}" + ("" if ours else " is taken"), flush=True)
+            print(f"shard {i}: {toy.slug(shard)}" + ("" if ours else " is taken"), flush=True)
             if ours:
                 options = {"checkpoint_seconds": 120, "progress": True, "threads": threads}
                 toy.train(shard, checkpoint=path, **options)
 
 
-def finished(config: toy.ToyConfig, folder: Path, students: bool = False):
-    """Results of the finished shards, and a line on each of the others."""
-    done, rest = [], []
-    for i, shard in enumerate(toy.shards(config)):
-        path = folder / f"{toy.name(shard)}.pt"
-        step = 0
-        if path.exists():
-            step = torch.load(path, map_location="cpu", weights_only=True)["step"]
-        if step >= shard.steps:
-            done.append(toy.train(shard, checkpoint=path, students=students))
-        else:
-            rest.append(f"shard {i} ({toy.name(shard)}): step {step:,} of {shard.steps:,}")
-    return done, rest
+def reached(config: toy.ToyConfig, folder: Path) -> dict[int, toy.ToyResult]:
+    """Results so far of the shards that have begun, by number."""
+    paths = {i: folder / f"{toy.slug(shard)}.pt" for i, shard in enumerate(toy.shards(config))}
+    return {i: toy.ToyResult.from_checkpoint(p) for i, p in paths.items() if p.exists()}
+
+
+def assemble(config: toy.ToyConfig, results: dict[int, toy.ToyResult], output: Path) -> None:
+    """Save the shards that got to the configuration's last step, and say how many."""
+    done = [r for r in results.values() if config.steps in set(r.losses["step"])]
+    if not done:
+        sys.exit(f"no shard has reached step {config.steps:,}: give fewer --steps")
+    result = toy.merge([r.until(config.steps) for r in done])
+    c, total = result.config, len(toy.shards(config))
+    scale = (
+        f"width {c.width}, teacher of {c.teacher_depth} layers, batch {c.batch}, "
+        f"{c.steps:,} steps, {len(c.teachers)} teachers, {len(c.temperatures)} temperatures"
+        + (f"; {len(done)} of {total} parts of the grid" if len(done) < total else "")
+    )
+    print(f"{result.save(output, scale)}: {len(result.losses)} rows; {scale}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,25 +93,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     config = RUNS[args.experiment]
     if args.steps is not None:
-        config = toy.replace(config, steps=args.steps)
+        config = replace(config, steps=args.steps)
     if args.action == "run":
         run(config, args.folder, args.shards, args.threads)
         return
-    done, rest = finished(config, args.folder)
-    print(f"{len(done)} of {len(done) + len(rest)} shards are finished", *rest, sep="\n")
-    if args.action == "status":
-        return
-    if not done:
-        sys.exit("nothing to assemble")
-    result = toy.merge(done)
-    c = result.config
-    scale = (
-        f"width {c.width}, teacher of {c.teacher_depth} layers, batch {c.batch}, "
-        f"{c.steps:,} steps, {len(c.teachers)} teachers, {len(c.temperatures)} temperatures"
-        + (f"; {len(done)} of {len(done) + len(rest)} parts of the grid" if rest else "")
-    )
-    path = result.save(args.output or ROOT / "results" / f"toy_{args.experiment}.parquet", scale)
-    print(f"{path}: {len(result.losses)} rows")
+    results = reached(config, args.folder)
+    for i, shard in enumerate(toy.shards(config)):
+        step = results[i].losses["step"].max() if i in results else 0
+        hours = results[i].wall_seconds / 3600 if i in results else 0
+        print(f"shard {i} ({toy.slug(shard)}): tested at step {step:,}, {hours:.1f} h")
+    if args.action == "assemble":
+        output = args.output or ROOT / "results" / f"toy_{args.experiment}.parquet"
+        assemble(config, results, output)
 
 
 if __name__ == "__main__":

@@ -34,10 +34,9 @@ def colab_url(repo: str, page: str) -> str:
 
 def links(page: str, repo: str | None) -> list[tuple[str, str, str]]:
     """(kind, text, address) of a chapter's buttons; relative addresses start at the site's root."""
-    local = [
-        ("notebook", "Notebook", f"notebooks/{page}.ipynb"),
-        ("student", "Without solutions", f"notebooks/student/{page}.ipynb"),
-    ]
+    local = [("notebook", "Notebook", f"notebooks/{page}.ipynb")]
+    if notebooks.has_exercises(page):
+        local.append(("student", "Without solutions", f"notebooks/student/{page}.ipynb"))
     return ([("colab", "Open in Colab", colab_url(repo, page))] if repo else []) + local
 
 

@@ -12,6 +12,7 @@ go to the cache from which Jupyter Book builds, so each chapter is executed once
 from __future__ import annotations
 
 import argparse
+import ast
 import copy
 import hashlib
 import json
@@ -50,6 +51,11 @@ def is_notebook(page: str, root: Path = ROOT) -> bool:
     """Whether a page has code to run, rather than prose alone."""
     text = (root / f"{page}.md").read_text()
     return text.startswith("---\njupytext:") and "```{code-cell}" in text
+
+
+def has_exercises(page: str, root: Path = ROOT) -> bool:
+    """Whether a page has solutions that a copy for students leaves out."""
+    return "```{solution-start}" in (root / f"{page}.md").read_text()
 
 
 def repository(root: Path = ROOT) -> str | None:
@@ -317,7 +323,10 @@ def export_all() -> list[str]:
     names = [page for page in pages() if is_notebook(page)]
     wanted = set()
     for name in names:
-        for folder, student in ((EXPORTED, False), (EXPORTED / "student", True)):
+        copies = [(EXPORTED, False)]
+        if has_exercises(name):
+            copies.append((EXPORTED / "student", True))
+        for folder, student in copies:
             path = folder / f"{name}.ipynb"
             wanted.add(path)
             text = nbformat.writes(export(name, references, repo, student=student)) + "\n"
@@ -333,16 +342,51 @@ def export_all() -> list[str]:
 # ---------------------------------------------------------------------- the execution
 
 
-def _inputs(name: str) -> str:
-    """A fingerprint of all that a chapter's outputs depend on."""
-    digest = hashlib.sha256((EXPORTED / f"{name}.ipynb").read_bytes())
-    files = [ROOT / "constraints.txt"]
-    for folder in ("depthutil", "results"):
-        files += [p for p in (ROOT / folder).rglob("*") if p.is_file()]
+def modules(code: str) -> set[str]:
+    """The modules of depthutil that some code imports, and those that they import."""
+    found, waiting = set(), _imports(code)
+    while waiting:
+        module = waiting.pop()
+        path = ROOT / "depthutil" / f"{module}.py"
+        if module not in found and path.exists():
+            found.add(module)
+            waiting |= _imports(path.read_text())
+    return found
+
+
+def _imports(code: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module == "depthutil":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("depthutil."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            parts = [alias.name.split(".") for alias in node.names]
+            names |= {p[1] for p in parts if p[0] == "depthutil" and len(p) > 1}
+    return names
+
+
+def inputs(name: str) -> str:
+    """A fingerprint of all that a chapter's outputs depend on.
+
+    That is its exported notebook, the modules of depthutil that it uses, the data they carry, the
+    archived results that the notebook names, and the pinned versions.
+    """
+    notebook = EXPORTED / f"{name}.ipynb"
+    code = "\n".join(
+        "\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))
+        for cell in nbformat.read(notebook, as_version=4).cells
+        if cell.cell_type == "code" and "setup" not in _tags(cell)
+    )
+    used = modules(code) | {"__init__"}
+    files = [ROOT / "constraints.txt", *(ROOT / "depthutil" / f"{m}.py" for m in used)]
+    files += [path for path in (ROOT / "depthutil" / "data").rglob("*") if path.is_file()]
+    files += [path for path in (ROOT / "results").rglob("*") if path.name in code]
+    digest = hashlib.sha256(notebook.read_bytes())
     for path in sorted(files):
-        if "__pycache__" not in path.parts:
-            digest.update(str(path.relative_to(ROOT)).encode())
-            digest.update(path.read_bytes())
+        digest.update(str(path.relative_to(ROOT)).encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -350,11 +394,11 @@ def execute() -> int:
     """Run nbmake on each exported notebook whose inputs changed since it last passed."""
     names = export_all()
     ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-    inputs = {name: _inputs(name) for name in names}
+    current = {name: inputs(name) for name in names}
     stale = [
         name
         for name in names
-        if ledger.get(name) != inputs[name] or not (EXECUTED / f"{name}.ipynb").exists()
+        if ledger.get(name) != current[name] or not (EXECUTED / f"{name}.ipynb").exists()
     ]
     print(f"Notebooks: {len(stale)} to execute, {len(names) - len(stale)} unchanged.", flush=True)
     if not stale:
@@ -377,7 +421,7 @@ def execute() -> int:
         executed = nbformat.read(EXECUTED / f"{name}.ipynb", as_version=4)
         if _finished(executed):
             _remember(name, executed)
-            ledger[name] = inputs[name]
+            ledger[name] = current[name]
     LEDGER.write_text(json.dumps(ledger, indent=1))
     return result
 
