@@ -148,7 +148,8 @@ def depend_on_execution(app, page, source):
 def copy_notebooks(app, error):
     """The exported notebooks belong to the site: they are what the buttons open."""
     if error is None and notebooks.EXPORTED.is_dir() and app.builder.format == "html":
-        shutil.copytree(notebooks.EXPORTED, Path(app.outdir) / "notebooks", dirs_exist_ok=True)
+        shutil.rmtree(Path(app.outdir) / "notebooks", ignore_errors=True)
+        shutil.copytree(notebooks.EXPORTED, Path(app.outdir) / "notebooks")
 
 
 def setup(app):
