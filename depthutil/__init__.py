@@ -9,6 +9,9 @@ module          holds
                 learned, and the exponent of loss against depth
 ``signatures``  what hidden states say: the Gram matrix of updates, and the
                 diagnostic that tells the three ways apart
+``toy``         a grid of students trained at once to imitate deeper teachers
+``toy_model``   their settings, networks and losses, plainly; ``toy`` shows them
+                too
 ``explorer``    the law as a figure that the reader moves
 ``archive``     measurements that take longer than a chapter may: saved and
                 read with their provenance
