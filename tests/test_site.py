@@ -63,7 +63,6 @@ def test_internal_links_resolve(name):
         if target.is_dir():
             target /= "index.html"
         assert target.exists(), f"{link} leads nowhere"
-        # viewcode and the search page make their anchors in the browser.
         if fragment and target.suffix == ".html":
             assert unquote(fragment) in _page(target).ids, f"{link}: no such place"
 
