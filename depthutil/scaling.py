@@ -119,7 +119,7 @@ def _check_columns(runs: pd.DataFrame, columns: Iterable[str]) -> None:
             row = bad.idxmax()
             raise ValueError(
                 f"{column!r} must be finite and above 0, but is {runs[column].loc[row]} in row "
-                f"{row!r} ({bad.sum()} such): leave those runs out"
+                f"{row} ({bad.sum()} such): leave those runs out"
             )
 
 
