@@ -78,9 +78,11 @@ class Archived:
     def caption(self) -> str:
         """Scale, device, date, seeds, wall time and commit, as a sentence for a figure."""
         p = self.provenance
+        # A plus says that files differed from the commit.
+        commit = p["commit"][:10] + "+" * p["commit"].endswith("+")
         return (
             f"Archived run, scale “{p['scale']}”, {p['device']}, {p['date'][:10]}, "
-            f"seeds {p['seeds']}, {p['wall_seconds'] / 60:.0f} min, code {p['commit'][:10]}."
+            f"seeds {p['seeds']}, {p['wall_seconds'] / 60:.0f} min, code {commit}."
         )
 
 
