@@ -75,11 +75,25 @@ def repository(root: Path = ROOT) -> str | None:
 # ------------------------------------------------------------------- MyST -> Markdown
 
 
+#: What Sphinx counts within a chapter, as it stands in the source.
+NUMBERED = {
+    "equation": r"\$\$ *\(([\w-]+)\) *$",
+    "figure": r"^    name: ([\w-]+)$",
+    "exercise": r"^:label: (ex-[\w-]+)$",
+}
+
+
+def _count(pattern: str, source: str) -> dict[str, int]:
+    labels = re.findall(pattern, source, re.M)
+    return {label: number for number, label in enumerate(labels, start=1)}
+
+
 @dataclass
 class References:
     """What the labels and citation keys of the whole book stand for."""
 
     titles: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, tuple[int, str]] = field(default_factory=dict)
     citations: dict[str, tuple[str, str, str]] = field(default_factory=dict)
 
     @classmethod
@@ -91,6 +105,9 @@ class References:
                 found.titles[label] = title
             title = re.search(r"^# (.+)$", text, re.M)
             found.titles["/" + page] = title.group(1) if title else page
+            for pattern in NUMBERED.values():
+                for label, number in _count(pattern, text).items():
+                    found.numbers[label] = (number, found.titles["/" + page])
         return found
 
 
@@ -118,14 +135,15 @@ class Converter:
         self.references = references
         # Sphinx numbers within a chapter; the notebook counts the same things in the
         # same order, without the chapter's own number.
-        self.equations = self._count(r"\$\$ *\(([\w-]+)\) *$", source)
-        self.figures = self._count(r"^    name: ([\w-]+)$", source)
-        self.exercises = self._count(r"^:label: (ex-[\w-]+)$", source)
+        self.own = {kind: _count(pattern, source) for kind, pattern in NUMBERED.items()}
+        self.equations, self.figures, self.exercises = self.own.values()
 
-    @staticmethod
-    def _count(pattern: str, source: str) -> dict[str, int]:
-        labels = re.findall(pattern, source, re.M)
-        return {label: number for number, label in enumerate(labels, start=1)}
+    def _number(self, kind: str, label: str, form: str) -> str:
+        """A number of this chapter, or one of another chapter with that chapter's title."""
+        if label in self.own[kind]:
+            return form.format(self.own[kind][label])
+        number, title = self.references.numbers[label]
+        return f"{form.format(number)} of “{title}”"
 
     def text(self, source: str) -> str:
         """Convert a Markdown cell. Literal ``inline code`` is left as it is."""
@@ -151,13 +169,13 @@ class Converter:
         if role == "term":
             return f"*{shown or target}*"
         if role in ("ref", "doc"):
-            if target in self.exercises:
-                return f"exercise {self.exercises[target]}"
+            if target.startswith("ex-"):
+                return self._number("exercise", target, "exercise {}")
             return shown or f"“{self.references.titles[target]}”"
         if role == "numref":
-            return f"Figure {self.figures[target]}"
+            return self._number("figure", target, "Figure {}")
         if role == "eq":
-            return f"({self.equations[target]})"
+            return self._number("equation", target, "({})")
         if role in ("cite:t", "cite:p"):
             works = [self.references.citations[key.strip()] for key in target.split(",")]
             if role == "cite:t":
