@@ -175,9 +175,9 @@ def test_page_opens_cleanly_and_mathematics_is_typeset(browser, address, name):
     with _Visit(browser, address, name) as visit:
         page = visit.page
         written = page.locator("span.math, div.math").count()
-        if written:
-            page.wait_for_selector("mjx-container", timeout=20_000)
-            page.wait_for_function("!document.querySelector('.MathJax_Processing')")
+        page.wait_for_function(
+            "n => document.querySelectorAll('mjx-container').length >= n", arg=written
+        )
         assert page.locator("mjx-container").count() >= written
         assert page.locator("mjx-merror").count() == 0
         assert not visit.troubles
