@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import re
 import shutil
 import threading
 from html.parser import HTMLParser
@@ -79,6 +80,16 @@ def test_images_have_alt_text_and_figures_captions(name):
     for image in page.images:
         assert image.get("alt") and not image["alt"].endswith((".svg", ".png")), image
     assert page.figures == page.captions
+
+
+def test_numbers_are_unique_in_the_book(site):
+    """Chapters are counted through all parts, so that “Figure 2.1” is one figure."""
+    numbers = []
+    for page in notebooks.pages():
+        text = (site / f"{page}.html").read_text(encoding="utf-8")
+        numbers += re.findall(r'class="caption-number">([^<]+)<', text)
+        numbers += re.findall(r'class="eqno">([^<]+)<', text)
+    assert len(numbers) > 20 and len(numbers) == len(set(numbers))
 
 
 def test_colab_buttons_point_at_published_notebooks(site):
