@@ -216,19 +216,6 @@ def test_the_best_depth_is_the_least_loss_at_fixed_size(runs, fit):
     assert 12 * shape["width"] ** 2 * shape["depth"] == pytest.approx(size)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as driver:
-        path = shutil.which("chromium") or shutil.which("google-chrome")
-        try:
-            chromium = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except playwright.Error:
-            pytest.skip("no Chromium to open the figure in")
-        yield chromium
-        chromium.close()
-
-
 def test_two_figures_move_apart_on_a_phone_without_errors(browser, page, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(f"<!doctype html><meta charset=utf-8>{page}{page}", encoding="utf-8")

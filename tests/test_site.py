@@ -2,9 +2,7 @@
 
 import functools
 import http.server
-import os
 import re
-import shutil
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -116,27 +114,6 @@ def test_colab_buttons_point_at_published_notebooks(site):
 
 
 # ------------------------------------------------------------------------ in a browser
-
-
-def _browser_path() -> str | None:
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = (os.environ.get("CHROMIUM"), *map(shutil.which, names))
-    return next((path for path in found if path), None)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = _browser_path()
-    if path is None:
-        pytest.skip("no browser: install Chromium or Chrome, or name one in CHROMIUM")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        args = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        args += ["--disable-component-update", "--disable-sync", "--no-first-run"]
-        started = playwright.chromium.launch(executable_path=path, args=args)
-        yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")

@@ -62,12 +62,12 @@ def repository(root: Path = ROOT) -> str | None:
     """``owner/name`` on GitHub from the environment or the git remote, or None."""
     named = os.environ.get("GITHUB_REPOSITORY", "").strip()
     if not named:
-        answer = subprocess.run(
-            ["git", "-C", str(root), "config", "--get", "remote.origin.url"],
-            capture_output=True,
-            text=True,
-        )
-        match = re.search(r"github\.com[:/](.+?)(?:\.git)?/?$", answer.stdout.strip())
+        command = ["git", "-C", str(root), "config", "--get", "remote.origin.url"]
+        try:
+            remote = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:  # no git: a copy that was unpacked from an archive
+            remote = ""
+        match = re.search(r"github\.com[:/](.+?)(?:\.git)?/?$", remote)
         named = match.group(1) if match else ""
     return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else None
 
