@@ -10,9 +10,9 @@ a run of its own, whose learning rate decays at its own end. About three minutes
 ``noise``: are students of peaked targets held back by too few steps, or by noisy
 gradients? Four times the steps against four times the batch. About three minutes.
 
-    python benchmarks/toy_phase.py phase --checkpoint /tmp/toy_phase.pt
-    python benchmarks/toy_phase.py budgets
-    python benchmarks/toy_phase.py noise
+    python tools/archive_toy_phase.py phase --checkpoint /tmp/toy_phase.pt
+    python tools/archive_toy_phase.py budgets
+    python tools/archive_toy_phase.py noise
 
 Each writes ``results/toy_NAME.parquet``.
 """

@@ -3,7 +3,7 @@
 Writes ``results/nested_steps.parquet``: loss of every network by folds, depth, seed and
 way of training. About five minutes on one core::
 
-    python benchmarks/nested_steps.py
+    python tools/archive_nested_steps.py
 """
 
 from __future__ import annotations
