@@ -24,20 +24,10 @@ from depthutil import toy
 ROOT = Path(__file__).resolve().parent.parent
 
 # rho = 1 first, because it is the slow one to learn; teacher by teacher, because one
-# teacher at both rhos is a result already. "patience" has small networks and many steps,
-# "fig4" the paper's networks and fewer.
+# teacher at both rhos is a result already.
 RUNS = {
     "fig3b": toy.ToyConfig.paper("fig3b", "colab", rhos=(1.0, 0.0)),
     "fig4": toy.ToyConfig.paper("fig4", "colab", rhos=(1.0, 0.0), temperatures=(0.01, 0.1, 1.0)),
-    "patience": toy.ToyConfig.paper(
-        "fig4",
-        "demo",
-        rhos=(1.0, 0.0),
-        temperatures=(0.1, 1.0),
-        batch=256,
-        steps=40_000,
-        test_every=500,
-    ),
     "fig5": toy.ToyConfig.paper("fig5", "colab", rhos=(1.0, 0.0)),
     "second_order": toy.ToyConfig.paper("second_order", "colab", rhos=(1.0, 0.0)),
     "shallow_teacher": toy.ToyConfig.paper("shallow_teacher", "colab", rhos=(1.0, 0.0)),
