@@ -1,7 +1,6 @@
-"""Many networks at once: stacks of networks of one depth, and the grid that trains them.
+"""The grid of students that ``depthutil.toy`` trains: its groups, its steps, its checkpoints.
 
-:class:`Stack` is the only place that knows how a residual stack is computed forward and
-backward; its plain twin is ``Network`` of ``depthutil.toy_model``.
+How a stack of networks is computed is known to ``depthutil.kernels`` alone.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthutil.kernels import Memory, Stack
 from depthutil.toy_model import (
-    _EPS,
     GRID,
     ToyConfig,
     inputs,
     losses,
-    rms,
     student_weights,
     targets,
     teacher_weights,
@@ -35,111 +35,26 @@ from depthutil.toy_model import (
 
 # On a CPU, as many students are stacked as keep one layer's activations in a core's cache.
 CACHE_BYTES = 2**20
-
-
-class Stack:
-    """Networks of one depth side by side: each layer of all of them is one batched product.
-
-    Parameters
-    ----------
-    w1, b, w2 : torch.Tensor
-        ``(mlps, networks, hidden, width)``, ``(mlps, networks, hidden)`` and
-        ``(mlps, networks, width, hidden)``.
-    order : int
-        1, or 2 for midpoint steps.
-    memory : Memory, optional
-        Where :meth:`backward` finds what :meth:`forward` left. Stacks that take turns
-        share one.
-    """
-
-    def __init__(self, w1: Tensor, b: Tensor, w2: Tensor, order: int = 1, memory=None):
-        self.w1, self.b, self.w2, self.order = w1, b, w2, order
-        self.memory = memory or Memory()
-
-    @torch.no_grad()
-    def forward(self, x: Tensor, keep: bool = False, states: bool = False) -> Tensor:
-        """The last state of ``x``, ``(networks, batch, width)``, or all, layer first."""
-        mlps, hidden, take = len(self.w1), self.w1.shape[2], self.memory.take
-        slots = mlps if keep else 1
-        self.u = take("u", (slots, *x.shape), x)
-        self.inverse = take("inverse", (slots, *x.shape[:2], 1), x)
-        self.r = take("r", (slots, *x.shape[:2], hidden), x)
-        self.square, self.pre = (take(name, self.r.shape[1:], x) for name in ("square", "pre"))
-        x = rms(x)
-        stream = [x.clone()]
-        for m in range(0, mlps, self.order):
-            if self.order == 2:
-                middle = self._write(x.clone(), x, m, 0.5, keep)
-                self._write(x, middle, m + 1, 1.0, keep)
-            else:
-                self._write(x, x, m, 1.0, keep)
-            if states:
-                stream.append(x.clone())
-        return torch.stack(stream) if states else x
-
-    def _write(self, to: Tensor, read: Tensor, m: int, share: float, keep: bool) -> Tensor:
-        """Add to a stream, in place, a share of what MLP ``m`` answers to ``read``."""
-        slot = m if keep else 0
-        u, inverse, r = self.u[slot], self.inverse[slot], self.r[slot]
-        torch.linalg.vector_norm(read, dim=-1, keepdim=True, out=inverse)
-        inverse.square_().div_(read.shape[-1]).add_(_EPS).rsqrt_()
-        torch.mul(read, inverse, out=u)
-        torch.baddbmm(self.b[m].unsqueeze(1), u, self.w1[m].mT, out=r).relu_()
-        return to.baddbmm_(torch.mul(r, r, out=self.square), self.w2[m].mT, alpha=share)
-
-    @torch.no_grad()
-    def backward(self, grad: Tensor, into: Sequence[Tensor]) -> None:
-        """From the gradient of the last state to those of the weights.
-
-        Parameters
-        ----------
-        grad : torch.Tensor
-            ``(networks, batch, width)``, after a ``forward`` with ``keep=True``.
-        into : sequence of torch.Tensor
-            Three tensors of the weights' shapes, overwritten.
-        """
-        grad = grad.clone()
-        for m in reversed(range(0, len(self.w1), self.order)):
-            if self.order == 2:
-                middle = torch.zeros_like(grad)
-                self._pull(grad, m + 1, into, onto=middle)
-                grad += middle
-                self._pull(middle / 2, m, into, onto=grad)
-            else:
-                self._pull(grad, m, into, onto=grad)
-
-    def _pull(self, grad: Tensor, m: int, into: Sequence[Tensor], onto: Tensor) -> None:
-        """From the gradient of what MLP ``m`` wrote to its weights' and, added, what it read's."""
-        w1_grad, b_grad, w2_grad = into
-        u, inverse, r = self.u[m], self.inverse[m], self.r[m]
-        torch.bmm(grad.mT, torch.mul(r, r, out=self.square), out=w2_grad[m])
-        # d(r²) = 2 r dr, and r is zero where the relu was: no mask is needed.
-        pre = torch.bmm(2 * grad, self.w2[m], out=self.pre).mul_(r)
-        torch.bmm(pre.mT, u, out=w1_grad[m])
-        torch.sum(pre, 1, out=b_grad[m])
-        du = torch.bmm(pre, self.w1[m])
-        along = (du * u).sum(-1, keepdim=True)
-        onto.addcmul_(du.addcmul_(u, along, value=-1 / u.shape[-1]), inverse)
-
-
-class Memory:
-    """Arrays that are written anew at every step, kept between steps."""
-
-    def __init__(self):
-        self._arrays: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An array of this shape whose content is whatever was there."""
-        size = math.prod(shape)
-        if name not in self._arrays or self._arrays[name].numel() < size:
-            self._arrays[name] = like.new_empty(size)
-        return self._arrays[name][:size].view(shape)
+# To look at a GPU's results is to wait for it: steps between looks for a loss that is no number.
+WATCH = 100
+# A GPU's inputs are drawn while it is still busy with as many earlier steps.
+AHEAD = 4
 
 
 class Group:
     """Students of one depth that are stepped together, with their heads and their Adam."""
 
-    def __init__(self, config: ToyConfig, depth: int, rows: slice, given, memory: Memory, device):
+    def __init__(
+        self,
+        config: ToyConfig,
+        depth: int,
+        rows: slice,
+        given: Tensor,
+        memory: Memory,
+        device: torch.device,
+        stack: Callable[..., Stack] = Stack,
+        graph: bool = False,
+    ):
         self.config, self.depth, self.rows, self.memory = config, depth, rows, memory
         self.students = config.students(depth)[rows]
         started: dict[tuple, tuple] = {}
@@ -150,19 +65,32 @@ class Group:
         parts = zip(*(started[s["teacher"], s["seed"]] for s in self.students), strict=True)
         w1, b, w2, heads = parts
         self.weights = [torch.stack(part, 1).to(device) for part in (w1, b, w2)]
-        self.stack = Stack(*self.weights, config.order, memory)
+        self.stack = stack(*self.weights, config.order, memory)
         self.head = torch.stack(heads).to(device) if config.head == "own" else given[rows]
         self.trained = [*self.weights, *([self.head] if config.head == "own" else [])]
         # One pass over the weights instead of a dozen; PyTorch 2.2 has it on GPUs only.
         fused = device.type == "cuda" or torch.__version__ >= "2.4"
-        options = {"fused": True} if fused else {"foreach": True}
+        options: dict[str, Any] = {"fused": True} if fused else {"foreach": True}
+        if graph:  # which repeats its kernels with their arguments: the rate is read from memory
+            options |= {"capturable": True, "lr": torch.tensor(1e-3, device=device)}
         self.adam = torch.optim.Adam(self.trained, **options)
+        self.rate = None
         self.temperature = torch.tensor(
             [[[s["temperature"]]] for s in self.students], dtype=w1[0].dtype, device=device
         )
+        self.broken = torch.zeros(len(self.students), dtype=torch.bool, device=device)
 
-    def step(self, step: int, x: Tensor, target: tuple[Tensor, ...]) -> Tensor:
-        """One Adam step of every student; their losses before it."""
+    def pace(self, step: int) -> None:
+        """Set the learning rate of a step."""
+        rate, options = self.config.rate(self.depth, step), self.adam.param_groups[0]
+        if rate != self.rate and isinstance(options["lr"], Tensor):
+            options["lr"].fill_(rate)
+        elif rate != self.rate:
+            options["lr"] = rate
+        self.rate = rate
+
+    def step(self, x: Tensor, target: tuple[Tensor, ...]) -> None:
+        """One Adam step of every student."""
         last = self.stack.forward(x[self.rows], keep=True).requires_grad_()
         own = self.config.head == "own"
         head = self.head.detach().requires_grad_() if own else self.head
@@ -176,11 +104,10 @@ class Group:
             # The fused Adam reads memory in order, whatever the strides say.
             self.head.grad = grads[1].contiguous()
         self.stack.backward(grads[0], [weight.grad for weight in self.weights])
-        self.adam.param_groups[0]["lr"] = self.config.rate(self.depth, step)
         self.adam.step()
         for weight in self.trained:
             weight.grad = None
-        return loss.detach()
+        self.broken |= ~torch.isfinite(loss.detach())
 
     @torch.no_grad()
     def test(self, x: Tensor, target: tuple[Tensor, ...]) -> Tensor:
@@ -190,18 +117,84 @@ class Group:
         target = tuple(part[self.rows] for part in target)
         return losses(self.config, last, head, self.temperature.double(), target)
 
+    def load(self, weights: list[list[Tensor]], adams: list[dict[str, Any]]) -> None:
+        """Continue from a checkpoint's groups of this depth, on whatever device they were."""
 
-class Trainer:
-    """The grid: teachers, groups of students, and everything a checkpoint has to hold."""
+        def ours(parts: Iterable[Tensor], i: int) -> Tensor:
+            parts, axis = list(parts), 0 if i == len(self.weights) else 1  # the head has no layers
+            if not parts[0].dim():  # Adam's count of steps, which each group advances
+                return parts[0].clone()
+            rows = self.rows.stop - self.rows.start
+            return torch.cat(parts, axis).narrow(axis, self.rows.start, rows).contiguous()
+
+        for i, weight in enumerate(self.trained):
+            weight.copy_(ours((group[i] for group in weights), i))
+        # What Adam has accumulated is the run's; how it computes is this machine's.
+        state = {
+            i: {name: ours((adam["state"][i][name] for adam in adams), i) for name in known}
+            for i, known in adams[0]["state"].items()
+        }
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
+
+
+class Feed:
+    """Inputs of one step after another, the same numbers on every device.
+
+    They are drawn on the CPU. For a GPU that happens while it computes earlier steps; a
+    piece of pinned memory is written again only after its copy to the GPU has ended.
+    """
 
     def __init__(self, config: ToyConfig, device: torch.device):
-        self.config, self.device, memory = config, device, Memory()
-        self.step, self.seconds, self.records = 0, 0.0, []
+        self.config, self.device = config, device
+        shape = (len(config.teachers), config.batch, config.width)
+        if device.type == "cuda":
+            dtype = getattr(torch, config.dtype)
+            self.pinned = torch.empty((AHEAD, *shape), dtype=dtype, pin_memory=True)
+            self.copied = [torch.cuda.Event() for _ in range(AHEAD)]
+            self.fed = torch.empty(shape, dtype=dtype, device=device)
+
+    def draw(self, step: int, test: bool = False) -> Tensor:
+        """``(teachers, inputs, width)``, on the CPU."""
+        return torch.stack([inputs(self.config, t, step, test) for t in self.config.teachers])
+
+    def __call__(self, step: int) -> Tensor:
+        """The inputs of a training step; on a GPU always in the same place."""
+        if self.device.type != "cuda":
+            return self.draw(step).to(self.device)
+        slot = step % AHEAD
+        self.copied[slot].synchronize()
+        self.pinned[slot].copy_(self.draw(step))
+        self.fed.copy_(self.pinned[slot], non_blocking=True)
+        self.copied[slot].record()
+        return self.fed
+
+
+class Trainer:
+    """The grid: teachers, groups of students, and everything a checkpoint has to hold.
+
+    On a GPU, ``graph`` records the second step once, kernel by kernel, and every later step
+    is a replay of the record: nothing on the way may wait for the GPU or move in memory.
+    ``graph=None`` does without a record where the GPU refuses to make it.
+    """
+
+    def __init__(
+        self,
+        config: ToyConfig,
+        device: torch.device,
+        stack: Callable[..., Stack] = Stack,
+        graph: bool | None = False,
+    ):
+        self.config, self.device, self.memory = config, device, Memory()
+        self.step, self.seconds, self.records, self.kernel = 0, 0.0, [], ""
+        self.must, self.graph = graph is True, device.type == "cuda" and graph is not False
+        self.watch = 1 if device.type == "cpu" else WATCH
+        self.advanced, self.watched, self.replay = 0, 0, None
+        self.feed = Feed(config, device)
         pairs = list(itertools.product(config.teachers, config.rhos))
         parts = [teacher_weights(config, teacher, rho) for teacher, rho in pairs]
         w1, b, w2, heads = zip(*parts, strict=True)
         w1, b, w2 = (torch.stack(part, 1).to(device) for part in (w1, b, w2))
-        self.teachers = Stack(w1, b, w2, memory=memory)
+        self.teachers = stack(w1, b, w2, memory=self.memory)
         self.heads = torch.stack(heads).to(device)
         self.temperatures = torch.tensor(config.temperatures, dtype=w1.dtype, device=device)
         count = len(config.students(0))
@@ -210,46 +203,87 @@ class Trainer:
         most = max(1, fits) if device.type == "cpu" else count
         ends = np.linspace(0, count, math.ceil(count / most) + 1).astype(int).tolist()
         self.groups = [
-            Group(config, depth, slice(*rows), given, memory, device)
+            Group(config, depth, slice(*rows), given, self.memory, device, stack, self.graph)
             for depth in config.depths
             for rows in itertools.pairwise(ends)
         ]
 
-    def _batch(self, step: int, test: bool = False) -> Iterator[tuple[Tensor, tuple]]:
-        """Inputs and targets for every student of the grid, in pieces of ``batch`` inputs."""
+    def _targets(self, x: Tensor, test: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Inputs and targets for every student, from each teacher's inputs."""
         c = self.config
-        drawn = torch.stack([inputs(c, teacher, step, test) for teacher in c.teachers])
-        for x in drawn.to(self.device).split(c.batch, 1):
-            x = x.repeat_interleave(len(c.rhos), 0)
-            last = self.teachers.forward(x)
-            head, t = self.heads.unsqueeze(1), self.temperatures.view(1, -1, 1, 1)
-            if test:
-                last, head, t = last.double(), head.double(), t.double()
-            target = tuple(
-                part.flatten(0, 1).repeat_interleave(len(c.seeds), 0)
-                for part in targets(c, last.unsqueeze(1), head, t)
-            )
-            yield x.repeat_interleave(len(c.temperatures) * len(c.seeds), 0), target
+        x = _each(x, len(c.rhos))
+        last = self.teachers.forward(x)
+        head, t = self.heads.unsqueeze(1), self.temperatures.view(1, -1, 1, 1)
+        if test:
+            last, head, t = last.double(), head.double(), t.double()
+        target = tuple(
+            _each(part.flatten(0, 1), len(c.seeds))
+            for part in targets(c, last.unsqueeze(1), head, t)
+        )
+        return _each(x, len(c.temperatures) * len(c.seeds)), target
+
+    def _update(self, x: Tensor) -> None:
+        """All that a step computes."""
+        x, target = self._targets(x)
+        for group in self.groups:
+            group.step(x, target)
 
     def advance(self) -> None:
-        ((x, target),) = self._batch(self.step)
+        """Train for one step."""
+        x = self.feed(self.step)
         for group in self.groups:
-            loss = group.step(self.step, x, target)
-            if not torch.isfinite(loss).all():
-                which = group.students[int((~torch.isfinite(loss)).nonzero()[0, 0])]
-                raise FloatingPointError(
-                    f"the loss of the student of depth {which['depth']} at temperature "
-                    f"{which['temperature']:g} (rho {which['rho']:g}, teacher "
-                    f"{which['teacher']}) is no number at step {self.step}: lower "
-                    f"learning_rate, which is {self.config.rate(group.depth, self.step):.2g} there"
-                )
+            group.pace(self.step)
+        if self.graph and self.advanced == 1:
+            self._record(x)
+        if self.replay:
+            self.replay()
+        else:
+            self._update(x)
         self.step += 1
-        if self.step % self.config.test_every == 0 or self.step == self.config.steps:
+        self.advanced += 1
+        test = self.step % self.config.test_every == 0 or self.step == self.config.steps
+        if test or self.step % self.watch == 0:
+            self.check()
+        if test:
             self.test()
+
+    def _record(self, x: Tensor) -> None:
+        """Make a CUDA graph of a step; the step before has compiled and allocated everything."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self.device)):
+                self._update(x)
+        except RuntimeError as error:
+            self.graph = False
+            reason = f"the steps could not be recorded as a CUDA graph ({error})"
+            if self.must:
+                raise RuntimeError(f"{reason}: train with graph=False") from error
+            warnings.warn(f"{reason}: each is launched anew, which is slower", stacklevel=4)
+            return
+        # A test may ask memory for larger arrays; the graph goes on writing to these.
+        self.recorded = dict(self.memory.arrays)
+        self.replay = graph.replay
+
+    def check(self) -> None:
+        """Stop if a loss was no number since the last look."""
+        first, self.watched = max(self.watched, self.step - self.advanced), self.step
+        if not torch.stack([group.broken.any() for group in self.groups]).any():
+            return
+        group = next(group for group in self.groups if group.broken.any())
+        which = group.students[int(group.broken.nonzero()[0, 0])]
+        last = self.step - 1
+        when = f"at step {last}" if first == last else f"at one of the steps {first} to {last}"
+        raise FloatingPointError(
+            f"the loss of the student of depth {which['depth']} at temperature "
+            f"{which['temperature']:g} (rho {which['rho']:g}, teacher {which['teacher']}) is no "
+            f"number {when}: lower learning_rate, which is {group.rate:.2g} there"
+        )
 
     def test(self) -> None:
         sums = [0.0] * len(self.groups)
-        for x, target in self._batch(self.step, test=True):
+        drawn = self.feed.draw(self.step, test=True).to(self.device)
+        for x in drawn.split(self.config.batch, 1):
+            x, target = self._targets(x, test=True)
             sums = [total + g.test(x, target) for total, g in zip(sums, self.groups, strict=True)]
         for total, group in zip(sums, self.groups, strict=True):
             means = (total / self.config.test_batches).tolist()
@@ -260,17 +294,19 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, all of it or nothing."""
+        self.check()
         buffer = io.BytesIO()
         state = {
             "config": json.dumps(asdict(self.config)),
             "step": self.step,
             "seconds": self.seconds,
             "records": self.records,
+            "kernel": self.kernel,
             "weights": [group.trained for group in self.groups],
             "adam": [group.adam.state_dict() for group in self.groups],
         }
         torch.save(state, buffer)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
         try:
             with partial.open("wb") as file:
                 file.write(buffer.getbuffer())
@@ -292,10 +328,18 @@ class Trainer:
                 "remove it, or name another checkpoint"
             )
         self.step, self.seconds, self.records = state["step"], state["seconds"], state["records"]
-        for group, weights, adam in zip(self.groups, state["weights"], state["adam"], strict=True):
-            for ours, saved in zip(group.trained, weights, strict=True):
-                ours.copy_(saved)
-            group.adam.load_state_dict(adam)
+        self.kernel = state.get("kernel", "")
+        # Another device stacks the students of a depth in fewer or more groups.
+        each = len(state["weights"]) // len(self.config.depths)
+        for group in self.groups:
+            first = each * self.config.depths.index(group.depth)
+            part = slice(first, first + each)
+            group.load(state["weights"][part], state["adam"][part])
+
+
+def _each(x: Tensor, times: int) -> Tensor:
+    """Each entry of the first axis several times; ``repeat_interleave`` may wait for the GPU."""
+    return x.unsqueeze(1).expand(-1, times, *x.shape[1:]).flatten(0, 1).contiguous()
 
 
 def read_checkpoint(path: str | os.PathLike, device: Any = "cpu") -> tuple[dict, dict]:
@@ -331,3 +375,10 @@ def cpu(threads: int | None) -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
+
+
+def stream(device: torch.device) -> AbstractContextManager:
+    """A queue of work of its own on a GPU: the default one cannot be recorded."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))

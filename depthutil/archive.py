@@ -68,7 +68,7 @@ class Archived:
         The measurements, one a row.
     provenance : dict
         ``config``, ``seeds``, ``scale``, ``device``, ``date`` (UTC), ``wall_seconds``,
-        ``version`` and ``commit``.
+        ``version``, ``commit`` and, where it is known, ``method``.
     """
 
     frame: pd.DataFrame
@@ -95,6 +95,7 @@ def save(
     scale: str,
     wall_seconds: float,
     device: str | None = None,
+    method: str = "",
 ) -> Path:
     """Write a table of measurements with its provenance, all of it or nothing.
 
@@ -113,6 +114,8 @@ def save(
         How long the run took.
     device : str, optional
         Where it ran; by default this machine's processor and number of cores.
+    method : str, optional
+        How it was computed, where that may move digits: the kernel, its precision.
 
     Returns
     -------
@@ -147,7 +150,7 @@ def save(
         "wall_seconds": float(wall_seconds),
         "version": __version__,
         "commit": _commit(),
-    }
+    } | ({"method": method} if method else {})
     table = pa.Table.from_pandas(frame, preserve_index=False)
     table = table.replace_schema_metadata(
         {**(table.schema.metadata or {}), _KEY: json.dumps(provenance).encode()}
@@ -155,7 +158,7 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        pq.write_table(table, partial)
+        pq.write_table(table, partial, write_page_checksum=True)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -175,12 +178,15 @@ def load(name: str | os.PathLike) -> Archived:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is damaged, or was not written by :func:`save`.
+        If the file is damaged, or was not written by :func:`save`, or is a folder.
     """
     path = Path(name) if Path(name).is_file() else find(str(name))
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name one of the files in it")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        table = pq.read_table(path, page_checksum_verification=True)
+        frame = table.to_pandas()
+    except Exception as error:  # what a damaged file raises depends on where the damage is
         raise ValueError(
             f"{path} is not a whole Parquet file: fetch or make it again ({error})"
         ) from error
@@ -194,7 +200,7 @@ def load(name: str | os.PathLike) -> Archived:
             f"{path} lacks the provenance that archive.save writes ({', '.join(missing)}): "
             "it comes from elsewhere, read it with pandas.read_parquet"
         )
-    return Archived(table.to_pandas(), provenance)
+    return Archived(frame, provenance)
 
 
 def _commit() -> str:

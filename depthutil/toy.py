@@ -15,9 +15,19 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import (
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    as_completed,
+)
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from inspect import signature
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +36,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, archive
+from depthutil import _grid, archive, kernels
 from depthutil.toy_model import GRID, Network, ToyConfig, _generator, train_plainly
 
 __all__ = [
     "GRID",
     "POWER_LAW",
     "Network",
+    "SweepError",
     "ToyConfig",
     "ToyResult",
     "exponent",
+    "gpu_pool",
     "merge",
     "shards",
     "slug",
@@ -57,6 +69,9 @@ def train(
     progress: bool | Callable[[int, int, float], None] = False,
     device: str | torch.device | None = None,
     threads: int | None = None,
+    kernel: str = "auto",
+    precision: str = "ieee",
+    graph: bool | None = None,
 ) -> ToyResult:
     """Train every student of a grid at once.
 
@@ -73,11 +88,17 @@ def train(
         :meth:`ToyResult.states`.
     progress : bool or callable
         Print step and time left to standard error about every ten seconds, or call
-        with ``(step, steps, seconds left)`` after every step.
+        with ``(step, steps, seconds left)`` after every step, on a GPU a few steps ahead of it.
     device : str or torch.device, optional
         A GPU where there is one, by default.
     threads : int, optional
         Cores for each operation, by default what PyTorch is set to.
+    kernel, precision : str
+        What computes the networks, see :func:`depthutil.kernels.choose`: ``"auto"``,
+        ``"torch"`` or ``"triton"``, and for the latter ``"ieee"`` (float32), ``"tf32x3"`` or
+        ``"tf32"``. The choice is printed with ``progress``, and in ``ToyResult.kernel``.
+    graph : bool, optional
+        Record a step as a CUDA graph and replay it; on a GPU, by default, where that works.
 
     Returns
     -------
@@ -86,9 +107,11 @@ def train(
     Raises
     ------
     FloatingPointError
-        If a loss is no longer a number; the message names step, depth and temperature.
+        If a loss is no longer a number; the message names depth and temperature and the step,
+        on a GPU a range of steps.
     ValueError
-        If the checkpoint is damaged or belongs to another configuration.
+        If the checkpoint is damaged or belongs to another configuration, or if this machine
+        has no such kernel or no CUDA graphs.
 
     Examples
     --------
@@ -104,8 +127,15 @@ def train(
         raise TypeError(f"config is a ToyConfig, not {type(config).__name__}")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = None if checkpoint is None else Path(checkpoint)
-    with _grid.cpu(threads):
-        trainer = _grid.Trainer(config, device)
+    stack, choice = kernels.choose(
+        kernel, device, width=config.width, dtype=config.dtype, precision=precision
+    )
+    if graph and device.type != "cuda":
+        raise ValueError(f"a CUDA graph needs a GPU, not {device.type}: leave graph alone")
+    if progress and not callable(progress):
+        print(f"computed by {choice}, on {device}", file=sys.stderr, flush=True)
+    with _grid.cpu(threads), _grid.stream(device):
+        trainer = _grid.Trainer(config, device, stack, graph)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
@@ -114,6 +144,7 @@ def train(
         begin = saved = told = time.perf_counter()
         while trainer.step < config.steps:
             trainer.advance()
+            trainer.kernel = choice + ("; CUDA graph" if trainer.replay else "")
             now = time.perf_counter()
             trainer.seconds = earlier + now - begin
             done = trainer.step == config.steps
@@ -130,11 +161,13 @@ def train(
             if path is not None and (done or now - saved >= checkpoint_seconds):
                 trainer.save(path)
                 saved = time.perf_counter()
+        weights = _grid.by_student(trainer) if students else {}
     return ToyResult(
         config=config,
         losses=pd.DataFrame(trainer.records, columns=[*GRID, "step", "loss"]),
         wall_seconds=trainer.seconds,
-        weights=_grid.by_student(trainer) if students else {},
+        weights=weights,
+        kernel=trainer.kernel,
     )
 
 
@@ -155,12 +188,15 @@ class ToyResult:
         Time it took, over all its processes and interruptions.
     weights : dict
         For each trained student, by its values of ``GRID``: ``w1, b, w2, head``.
+    kernel : str
+        What computed it, as :func:`depthutil.kernels.choose` says; empty if not known.
     """
 
     config: ToyConfig
     losses: pd.DataFrame
     wall_seconds: float
     weights: dict[tuple, tuple] = field(default_factory=dict, repr=False)
+    kernel: str = ""
 
     def student(self, **which: Any) -> Network:
         """One trained student; name as many of teacher, rho, … as single it out."""
@@ -204,7 +240,7 @@ class ToyResult:
             raise ValueError("a run whose learning rate decays has no shorter run inside it")
         table = self.losses[self.losses["step"] <= step].reset_index(drop=True)
         seconds = self.wall_seconds * step / self.losses["step"].max()
-        return ToyResult(replace(self.config, steps=step), table, seconds)
+        return ToyResult(replace(self.config, steps=step), table, seconds, kernel=self.kernel)
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike, students: bool = False) -> ToyResult:
@@ -214,7 +250,7 @@ class ToyResult:
         trainer.load(Path(path))
         table = pd.DataFrame(trainer.records, columns=[*GRID, "step", "loss"])
         weights = _grid.by_student(trainer) if students else {}
-        return cls(trainer.config, table, trainer.seconds, weights)
+        return cls(trainer.config, table, trainer.seconds, weights, trainer.kernel)
 
     def save(self, path: str | os.PathLike, scale: str | None = None, device=None) -> Path:
         """Write the losses to the archive, see :func:`depthutil.archive.save`."""
@@ -226,6 +262,7 @@ class ToyResult:
             scale=scale or self.config.scale,
             wall_seconds=self.wall_seconds,
             device=device,
+            method=self.kernel,
         )
 
     @classmethod
@@ -237,7 +274,8 @@ class ToyResult:
         if missing or not set(archived.provenance["config"]) <= known:
             raise ValueError(f"{path} holds no losses of toy networks")
         config = ToyConfig(**archived.provenance["config"])
-        return cls(config, archived.frame, archived.provenance["wall_seconds"])
+        about = archived.provenance
+        return cls(config, archived.frame, about["wall_seconds"], kernel=about.get("method", ""))
 
 
 def _matches(key: tuple, which: dict[str, Any]) -> bool:
@@ -378,7 +416,24 @@ def merge(results: Sequence[ToyResult]) -> ToyResult:
         raise ValueError("two of the results hold the same student: merge each result once")
     weights = {key: value for result in results for key, value in result.weights.items()}
     seconds = sum(result.wall_seconds for result in results)
-    return ToyResult(replace(first, **grid), table, seconds, weights)
+    computed = "; ".join(sorted({result.kernel for result in results if result.kernel}))
+    return ToyResult(replace(first, **grid), table, seconds, weights, computed)
+
+
+class SweepError(RuntimeError):
+    """Some grids of a :func:`sweep` were not trained to their end; the others are here.
+
+    Attributes
+    ----------
+    results : list
+        In the order of the grids, each one's ``ToyResult``, or None.
+    errors : dict
+        What stopped a grid, by its place among them.
+    """
+
+    def __init__(self, message: str, results: Sequence[ToyResult | None] = (), errors=None):
+        super().__init__(message)
+        self.results, self.errors = list(results), dict(errors or {})
 
 
 def sweep(
@@ -387,6 +442,7 @@ def sweep(
     *,
     checkpoints: str | os.PathLike | None = None,
     threads: int | None = None,
+    progress: bool = False,
     **options: Any,
 ) -> list[ToyResult]:
     """Train several grids, here one after another or side by side on an executor's workers.
@@ -396,11 +452,16 @@ def sweep(
     configs : sequence of ToyConfig
         For instance from :func:`shards`.
     executor : concurrent.futures.Executor, optional
-        Any: a ``ProcessPoolExecutor``, or ``distributed.Client(...).get_executor()`` for a
-        cluster. Workers use one thread each unless ``threads`` says otherwise.
+        Any: a ``ProcessPoolExecutor``, :func:`gpu_pool`, or
+        ``distributed.Client(...).get_executor()`` for a cluster. Workers use one thread each
+        unless ``threads`` says otherwise.
     checkpoints : path, optional
         Folder, which all workers reach, for a checkpoint of each grid. Call again with
         the same arguments after a worker died: what is done is read, the rest goes on.
+    threads : int, optional
+        Cores for each grid, as in :func:`train`.
+    progress : bool
+        Print a line to standard error whenever a grid is finished.
     **options
         Passed to :func:`train`.
 
@@ -408,19 +469,136 @@ def sweep(
     -------
     list of ToyResult
         In the order of ``configs``.
+
+    Raises
+    ------
+    SweepError
+        If grids failed or lost their worker, after all others have finished; it names
+        them and holds the results of the others.
+    ValueError
+        If two grids would share a checkpoint.
+
+    Examples
+    --------
+    >>> config = ToyConfig(width=4, vocabulary=8, teacher_depth=8, depths=(1, 2),
+    ...                    teachers=(0, 1), batch=16, steps=20, test_every=10)
+    >>> merge(sweep(shards(config))).config.teachers
+    (0, 1)
     """
     configs = list(configs)
-    folder = None if checkpoints is None else Path(checkpoints)
-    jobs = [
-        options
-        | {"checkpoint": None if folder is None else folder / f"{slug(config)}.pt"}
-        | {"threads": threads if executor is None else threads or 1}
-        for config in configs
-    ]
+    for config in configs:
+        signature(train).bind(config, checkpoint=None, **options)  # a wrong option fails once
+        if not isinstance(config, ToyConfig):
+            raise TypeError(f"configs are ToyConfigs, not {type(config).__name__}")
+    names = [slug(config) for config in configs]
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice and checkpoints is not None:
+        raise ValueError(
+            f"two of the configs have the checkpoint {twice}.pt: keep the one with more "
+            "steps, whose result's until() has the other's"
+        )
+    # A worker's current folder may be another.
+    folder = None if checkpoints is None else Path(checkpoints).resolve()
+    options["progress"] = progress and executor is None
+    options["threads"] = threads if executor is None else threads or 1
+    jobs = [options | {"checkpoint": folder and folder / f"{name}.pt"} for name in names]
+    results: list[ToyResult | None] = [None] * len(configs)
+    errors: dict[int, Exception] = {}
+    begin = time.perf_counter()
+    for count, (i, result) in enumerate(_finished(configs, jobs, executor), 1):
+        try:
+            results[i] = result()
+        except Exception as error:
+            errors[i] = error
+        if progress:
+            minutes = (time.perf_counter() - begin) / 60
+            ended = "failed" if i in errors else "finished"
+            line = f"grid {count} of {len(configs)} {ended} after {minutes:.1f} min: {names[i]}"
+            print(line, file=sys.stderr, flush=True)
+    if errors:
+        message = _what_failed(names, errors, folder)
+        raise SweepError(message, results, errors) from next(iter(errors.values()))
+    return results
+
+
+def _finished(
+    configs: Sequence[ToyConfig], jobs: Sequence[dict[str, Any]], executor: Executor | None
+) -> Iterator[tuple[int, Callable[[], ToyResult]]]:
+    """The place of each grid and what returns its result, as they end."""
     if executor is None:
-        return [train(config, **job) for config, job in zip(configs, jobs, strict=True)]
-    futures = [executor.submit(train, c, **job) for c, job in zip(configs, jobs, strict=True)]
-    return [future.result() for future in futures]
+        for i, (config, job) in enumerate(zip(configs, jobs, strict=True)):
+            yield i, partial(train, config, **job)
+        return
+    futures: dict[Future, int] = {}
+    for i, (config, job) in enumerate(zip(configs, jobs, strict=True)):
+        try:
+            future = executor.submit(_train_grid, config, job, uuid.uuid4().hex)
+        except BrokenExecutor as error:  # a process died while others were still waiting
+            future = Future()
+            future.set_exception(error)
+        futures[future] = i
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result
+    finally:
+        for future in futures:  # after Ctrl-C; what has ended is left alone
+            future.cancel()
+
+
+def _train_grid(config: ToyConfig, job: dict[str, Any], call: str) -> ToyResult:
+    """Train on a worker; by ``call``, which is new every time, no two calls are equal.
+
+    Dask answers a call that equals an earlier one with what it remembers, errors included.
+    """
+    return train(config, **job)
+
+
+def _what_failed(names: Sequence[str], errors: dict[int, Exception], folder: Path | None) -> str:
+    said: dict[str, list[str]] = {}
+    for i, error in sorted(errors.items()):
+        said.setdefault(f"{type(error).__name__}: {' '.join(str(error).split())}", []).append(
+            names[i]
+        )
+    what = "; ".join(f"{_some(grids)} ({text})" for text, grids in said.items())
+    failed = f"{len(errors)} of {len(names)} grids have not reached their end: {what}"
+    if folder is None:
+        return f"{failed}. This error has the others' results; with checkpoints they were kept"
+    again = "Call again with the same arguments"
+    if any(isinstance(error, BrokenExecutor) for error in errors.values()):
+        again += " and a new executor (a pool does not survive the death of a process)"
+    return f"{failed}. {again}: what is done is read from {folder}, the rest goes on"
+
+
+def gpu_pool(gpus: Sequence[int | str] | None = None) -> ProcessPoolExecutor:
+    """An executor for :func:`sweep` with one process for each GPU of this machine.
+
+    Parameters
+    ----------
+    gpus : sequence of int or str, optional
+        As in the environment variable ``CUDA_VISIBLE_DEVICES``: numbers or UUIDs. By
+        default all that PyTorch sees.
+
+    Raises
+    ------
+    RuntimeError
+        If none is given and there is none.
+    """
+    if gpus is None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        count = torch.cuda.device_count()
+        gpus = visible.split(",")[:count] if visible else range(count)
+    if not gpus:
+        raise RuntimeError("PyTorch sees no GPU here: use ProcessPoolExecutor for the CPU's cores")
+    # A fresh interpreter: CUDA does not survive a fork.
+    context = get_context("spawn")
+    queue = context.SimpleQueue()
+    for gpu in gpus:
+        queue.put(str(gpu).strip())
+    return ProcessPoolExecutor(len(gpus), context, _see_one_gpu, (queue,))
+
+
+def _see_one_gpu(queue: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = queue.get()  # before PyTorch looks for GPUs
 
 
 def slug(config: ToyConfig) -> str:

@@ -1,4 +1,7 @@
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from depthutil import archive
@@ -25,6 +28,55 @@ def test_truncated_file_is_named(tmp_path):
     path = archive.save(FRAME, tmp_path / "run.parquet", **META)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"run\.parquet is not a whole Parquet file"):
+        archive.load(path)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.9])
+def test_a_file_that_ends_early_is_named(part, tmp_path):
+    path = archive.save(FRAME, tmp_path / "run.parquet", **META)
+    path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
+    with pytest.raises(ValueError, match=r"run\.parquet is not a whole Parquet file"):
+        archive.load(path)
+
+
+def test_a_number_changed_on_the_way_is_noticed(tmp_path):
+    path = archive.save(FRAME, tmp_path / "run.parquet", **META)
+    whole = path.read_bytes()
+    at = whole.index(np.float64(0.25).tobytes())
+    path.write_bytes(whole[: at + 6] + bytes([whole[at + 6] ^ 1]) + whole[at + 7 :])
+    with pytest.raises(ValueError, match=r"not a whole Parquet file.*checksum"):
+        archive.load(path)
+
+
+def test_wherever_the_damage_is_the_message_is_one_sentence(tmp_path):
+    path = archive.save(FRAME, tmp_path / "run.parquet", **META)
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 5):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        try:
+            archive.load(path)  # not all of a file's bytes mean something
+        except ValueError as error:
+            assert str(error).startswith(f"{path} "), at
+
+
+@pytest.mark.parametrize("content", [b"", b"depth,loss\n1,0.5\n", b"\0" * 500, b"PAR1" * 100])
+def test_what_is_no_parquet_file_is_named(content, tmp_path):
+    path = tmp_path / "run.parquet"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"run\.parquet is not a whole Parquet file"):
+        archive.load(path)
+
+
+def test_a_folder_is_named():
+    with pytest.raises(ValueError, match="results is a folder: name one of the files in it"):
+        archive.load("results")
+
+
+@pytest.mark.parametrize("meta", [b"{", b"[1]", b"null", b"\xff", b'{"config": {}}'])
+def test_unreadable_provenance_is_named(meta, tmp_path):
+    path = tmp_path / "run.parquet"
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata({b"depthutil": meta}), path)
+    with pytest.raises(ValueError, match=r"lacks the provenance .*commit.*pandas\.read_parquet"):
         archive.load(path)
 
 

@@ -37,7 +37,7 @@ def test_every_dependency_has_a_lower_bound_and_a_pin_that_meets_it():
 
     for name, bounds in _declared().items():
         assert bounds.startswith(">="), f"{name}{bounds} has no lower bound"
-        assert numbers(pins[name]) >= numbers(bounds.split(",")[0]), name
+        assert numbers(pins[name]) >= numbers(re.split("[,;]", bounds)[0]), name
 
 
 def test_torch_is_pinned_where_pip_takes_a_small_build():
