@@ -39,5 +39,5 @@ clean:  ## remove what was built and the environment
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "$(PYTHON) is older than Python 3.11: make PYTHON=/path/to/a/newer/python book"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,models,test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,cluster,models,test]"
 	@touch $@
