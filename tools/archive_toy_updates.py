@@ -7,6 +7,11 @@ halved, shuffled). A part is one experiment; parts can run side by side.
 
     python tools/archive_toy_updates.py run main starts --folder /scratch/updates
     python tools/archive_toy_updates.py assemble --folder /scratch/updates
+
+Students of the paper's size are trained by ``tools/archive_toy.py``, patient ones by
+``tools/archive_toy_patience.py``; this measures those in their checkpoints that are done.
+
+    python tools/archive_toy_updates.py finished --folder /scratch/toy
 """
 
 from __future__ import annotations
@@ -14,20 +19,24 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import archive_toy
+import archive_toy_patience
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, archive
+from depthutil import _grid, archive, toy
 from depthutil.signatures import diagnose, signature
 from depthutil.toy_model import Network, ToyConfig, _generator, rms, teacher_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = 1000
+LARGE = ("fig5", "second_order", "shallow_teacher")  # of tools/archive_toy.py
 
 BASE = ToyConfig(
     width=16,
@@ -227,17 +236,67 @@ def assemble(folder: Path) -> None:
         print(path)
 
 
+def finished(folder: Path) -> Iterator[tuple[str, ToyConfig, Path]]:
+    """Checkpoints of the other scripts whose training has reached its end."""
+    runs = [(name, shard) for name in LARGE for shard in toy.shards(archive_toy.RUNS[name])]
+    for shard in toy.shards(archive_toy_patience.CONFIG):
+        lengths = archive_toy_patience.LENGTHS
+        runs += [("patience", archive_toy_patience.branch(shard, length)) for length in lengths]
+    for name, shard in runs:
+        path = folder / f"{toy.slug(shard)}.pt"
+        if path.exists() and shard.steps in set(toy.ToyResult.from_checkpoint(path).losses["step"]):
+            yield name, shard, path
+        else:
+            print(f"{name}: {toy.slug(shard)} is not done", flush=True)
+
+
+def measure_finished(folder: Path) -> None:
+    """Measure the students in finished checkpoints, and save a pair of tables for each family."""
+    families: dict[str, list] = {"toy_fig5": [], "toy_patience": []}
+    for name, shard, path in finished(folder):
+        families["toy_patience" if name == "patience" else "toy_fig5"].append((name, shard, path))
+    for family, members in families.items():
+        rows, profiles, configs, begin = [], [], {}, time.perf_counter()
+        for name, shard, path in members:
+            result = toy.ToyResult.from_checkpoint(path, students=True)
+            configs[f"{name}, {toy.slug(shard)}"] = asdict(shard)
+            for key, weights in result.weights.items():
+                which = {"part": name, "order": shard.order, "teacher_depth": shard.teacher_depth}
+                which |= {"step": shard.steps} | dict(zip(toy.GRID, key, strict=True))
+                row, long = measure(shard, list(weights[:3]), which)
+                rows.append(which | row)
+                profiles += [which | entry for entry in long]
+        for kind, table in {"updates": rows, "profiles": profiles}.items() if rows else ():
+            teachers = sorted({row["teacher"] for row in rows})
+            path = archive.save(
+                pd.DataFrame(table),
+                ROOT / "results" / f"{family}_{kind}.parquet",
+                config=configs,
+                seeds={"teachers": teachers},
+                scale=f"width {shard.width}, batch {shard.batch}, up to "
+                f"{max(m[1].steps for m in members):,} steps, {len(teachers)} teachers, "
+                "measured after training",
+                wall_seconds=time.perf_counter() - begin,
+            )
+            print(f"{path}: {len(table)} rows")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True)
     runner = actions.add_parser("run", help="train and measure parts")
     runner.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all by default")
     runner.add_argument("--steps", type=int, help="fewer, to try it out")
-    for action in (runner, actions.add_parser("assemble", help="join what is there")):
+    joiner = actions.add_parser("assemble", help="join what is there")
+    others = actions.add_parser("finished", help="measure what the other scripts trained")
+    for action in (runner, joiner, others):
         action.add_argument("--folder", type=Path, required=True, help="where parts are kept")
     args = parser.parse_args(arguments)
     if args.action == "assemble":
         assemble(args.folder)
+        return
+    if args.action == "finished":
+        measure_finished(args.folder)
         return
     unknown = set(args.parts) - set(PARTS)
     if unknown:
