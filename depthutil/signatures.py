@@ -177,10 +177,12 @@ def signature(states: Any = None, *, gram_matrix: np.ndarray | None = None) -> S
 
     Parameters
     ----------
-    states : array, optional
-        Residual stream, ``(depth + 1, inputs, width)``.
+    states : array or Trajectory, optional
+        Residual stream, ``(depth + 1, inputs, width)``, or a
+        :class:`depthutil.trajectory.Trajectory`, whose sample of documents is read.
     gram_matrix : array, optional
-        What :func:`gram` returns, instead of the states.
+        What :func:`gram` returns, instead of the states; of a trajectory, some blocks only:
+        ``trajectory.grams(first, last)``.
 
     Raises
     ------
@@ -198,6 +200,8 @@ def signature(states: Any = None, *, gram_matrix: np.ndarray | None = None) -> S
     """
     if (states is None) == (gram_matrix is None):
         raise ValueError("give either states or gram_matrix, and not both")
+    if hasattr(states, "grams"):
+        states, gram_matrix = None, states.grams()
     g = gram(states) if gram_matrix is None else np.asarray(gram_matrix, dtype=float)
     if g.ndim != 3 or g.shape[1] != g.shape[2]:
         raise ValueError(f"gram_matrix must be (inputs, depth + 1, depth + 1), not {g.shape}")
@@ -246,9 +250,10 @@ def diagnose(states: Any) -> Diagnosis:
 
     Parameters
     ----------
-    states : array or Signature
+    states : array, Trajectory or Signature
         Residual stream, ``(depth + 1, inputs, width)``, or its signature. Leave out
-        layers that do something else, such as a language model's first and last.
+        layers that do something else, such as a language model's first and last:
+        ``signature(gram_matrix=trajectory.grams(2, trajectory.depth - 1))``.
 
     Returns
     -------

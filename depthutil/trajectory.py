@@ -1,0 +1,1559 @@
+"""Record what every layer writes to the residual stream, and read the geometry of depth off it.
+
+:func:`record` runs a language model over a corpus. For each token it stacks the stream's start
+and every write to it, ``U = [h_0, Δ_1, …, Δ_ℓ]``, and keeps statistics of the Gram matrix
+``G = U Uᵀ``: states are partial sums of writes, so every norm and angle follows from it.
+:class:`Trajectory` gives them with standard errors over documents. Toy networks come in
+through :meth:`Trajectory.from_states`. :func:`decode_early` reads the loss along depth.
+
+Writes are recorded, not states: the difference of two large states has lost the digits that a
+small write needs. Products are taken in double precision. Single precision would not do: where
+an early layer writes one channel a thousand times larger than the rest and the last layer takes
+it back, or where a large update is nearly parallel to its state, it misplaces angles by up to
+8e-3 radians, double precision by less than 1e-9 (tests/test_trajectory.py measures both).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from depthutil import models, signatures
+
+#: Each statistic of :meth:`Trajectory.table`, and the layer its first entry belongs to.
+STATISTICS = {
+    "norms": 0,
+    "angles": 0,
+    "update_norms": 1,
+    "update_angles": 1,
+    "update_cosines": 1,
+    "angle_to_end": 0,
+    "projections": 0,
+    "block_influence": 1,
+    "contributions.block": 1,
+    "contributions.attention": 1,
+    "contributions.mlp": 1,
+    "cosines.block": 1,
+    "cosines.attention": 1,
+    "cosines.mlp": 1,
+    "last_angle_after_norm": None,  # the last layer
+    "null_angles": 1,
+    "null_cosines": 1,
+}
+
+_PER_TOKEN = ("norms", "angles", "update_angles")
+_STACK_BYTES = {"cpu": 4e6, "cuda": 256e6}  # of writes multiplied at a time: a cache, a GPU
+_GROUP = {"cpu": 512, "cuda": 4096}  # tokens whose Gram matrices are evaluated at a time
+
+
+# The geometry of one token --------------------------------------------------------------
+
+
+def _angle(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
+    """Angle of two vectors from their inner products; not a number where one is zero."""
+    across = (xx * yy - xy * xy).clamp(min=0).sqrt()
+    return torch.where((xx > 0) & (yy > 0), torch.atan2(across, xy), torch.nan)
+
+
+def _turn(h2: Tensor, d2: Tensor, hd: Tensor, to2: Tensor) -> Tensor:
+    """Angle between ``h`` and ``h + d``, from squares and ``h·d``.
+
+    The triangle of ``h``, ``d`` and ``h + d`` has one area, twice of which is the
+    cross product of any two sides; from the two shortest it loses the fewest digits.
+    """
+    without_sum = h2 * d2 - hd * hd
+    without_d = h2 * to2 - (h2 + hd) ** 2
+    without_h = d2 * to2 - (d2 + hd) ** 2
+    across = torch.where(d2 >= to2, without_d, without_sum)
+    across = torch.where((h2 >= d2) & (h2 >= to2), without_h, across)
+    angle = torch.atan2(across.clamp(min=0).sqrt(), h2 + hd)
+    return torch.where((h2 > 0) & (to2 > 0), angle, torch.nan)
+
+
+def _over(above: Tensor, below: Tensor) -> Tensor:
+    return torch.where(below > 0, above / below, torch.nan)
+
+
+def _blocks(gram: Tensor) -> Tensor:
+    """Gram matrix of whole blocks' writes, from that of the writes of their two sublayers."""
+    rows = torch.cat([gram[:, :1], gram[:, 1::2] + gram[:, 2::2]], 1)
+    return torch.cat([rows[:, :, :1], rows[:, :, 1::2] + rows[:, :, 2::2]], 2)
+
+
+def _along(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each write: its square, its product with the stream before it, that stream's square.
+
+    The last is one entry longer: it ends with the last state's.
+    """
+    square = gram.diagonal(dim1=1, dim2=2)
+    along = gram.tril(-1).sum(2)  # the stream is the sum of what was written before
+    # ‖h + w‖² = ‖h‖² + 2 h·w + ‖w‖²
+    return square[:, 1:], along[:, 1:], (square + 2 * along).cumsum(1).clamp(min=0)
+
+
+def _to_end(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Of what is written after each state: its square, and its product with that state."""
+    square = gram.diagonal(dim1=1, dim2=2)
+    later = gram.triu(1).sum(2)
+    rest = (square + 2 * later)[:, 1:].flip(1).cumsum(1).flip(1)
+    # From one state to the next, a write moves from the rest to the state.
+    product = (later - gram.tril(-1).sum(2)).cumsum(1)
+    return torch.cat([rest, torch.zeros_like(rest[:, :1])], 1), product
+
+
+def _statistics(
+    gram: Tensor, sublayers: bool, parallel: bool, normed: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Everything that is averaged, token by token.
+
+    ``gram`` is ``(tokens, writes + 1, writes + 1)``, with one more row and column for the
+    normed last state if ``normed``. Returns statistics ``(tokens, entries)`` by name, and angles
+    and cosines of all pairs of updates, ``(tokens, 2 · pairs)``.
+    """
+    if normed:
+        after, gram = gram[:, -1], gram[:, :-1, :-1]
+    whole = _blocks(gram) if sublayers else gram
+    u2, uh, h2 = _along(whole)
+    before = h2[:, :-1]
+    angles = _turn(before, u2, uh, h2[:, 1:])
+    moved = whole[:, 1:, 1:].sum(2).cumsum(1)  # (h_l − h_0)·(h_ℓ − h_0)
+    moved = torch.cat([torch.zeros_like(moved[:, :1]), moved], 1)
+    values = {
+        "norms": h2.sqrt(),
+        "angles": angles,
+        "update_norms": u2.sqrt(),
+        "angle_to_end": _turn(h2, *_to_end(whole), h2[:, -1:]),
+        "projections": _over(moved, moved[:, -1:]),
+        "block_influence": 2 * torch.sin(angles / 2) ** 2,  # 1 − cos, to all digits
+        "contributions.block": _over(u2, before).sqrt(),
+        "cosines.block": _over(uh, (u2 * before).sqrt()),
+    }
+    if sublayers:
+        values |= _of_sublayers(gram, parallel)
+    i, j = torch.triu_indices(u2.shape[1], u2.shape[1], 1, device=gram.device)
+    xx, yy, xy = u2[:, i], u2[:, j], whole[:, i + 1, j + 1]
+    pairs = torch.cat([_angle(xx, yy, xy), _over(xy, (xx * yy).sqrt())], 1)
+    near = torch.nonzero(j == i + 1).squeeze(1)
+    values["update_angles"] = pairs[:, near]
+    values["update_cosines"] = pairs[:, near + len(i)]
+    if normed:
+        before_last = after[:, : -3 if sublayers else -2].sum(1)
+        angle = _angle(h2[:, -2], after[:, -1], before_last)
+        values["last_angle_after_norm"] = angle[:, None]
+    return values, pairs
+
+
+def _of_sublayers(gram: Tensor, parallel: bool) -> dict[str, Tensor]:
+    """Sizes and cosines of attention and MLP writes against the stream they are added to."""
+    square, along, stream = _along(gram)
+    parts = {
+        "attention": (square[:, 0::2], along[:, 0::2], stream[:, 0:-1:2]),
+        "mlp": (square[:, 1::2], along[:, 1::2], stream[:, 1::2]),
+    }
+    if parallel:  # both are added to the block's input
+        both = gram.diagonal(-1, dim1=1, dim2=2)[:, 1::2]
+        parts["mlp"] = (square[:, 1::2], along[:, 1::2] - both, stream[:, 0:-1:2])
+    values = {}
+    for name, (w2, wh, h2) in parts.items():
+        values[f"contributions.{name}"] = _over(w2, h2).sqrt()
+        values[f"cosines.{name}"] = _over(wh, (w2 * h2).sqrt())
+    return values
+
+
+# Sums over tokens and documents -----------------------------------------------------------
+
+
+class _Moments:
+    """Sums from which come means over tokens and their standard errors over documents.
+
+    The error of a mean over tokens whose documents are independent needs, of each document,
+    only its count ``n`` and its total ``s``, summed as ``n nᵀ``, ``n sᵀ`` and ``s sᵀ``.
+    With ``joint``, as matrices over all entries, which the error of a mean over layers needs.
+    """
+
+    names = ("documents", "n", "s", "squares", "shift", "nn", "ns", "ss")
+
+    def __init__(self, size: int, joint: bool):
+        self.joint = joint
+        for name in self.names[:5]:
+            setattr(self, name, np.zeros(size))
+        shape = (size, size) if joint else (size,)
+        self.nn, self.ns, self.ss = (np.zeros(shape) for _ in range(3))
+
+    def add(self, n: np.ndarray, s: np.ndarray, squares: np.ndarray) -> None:
+        """Add documents: counts and totals ``(documents, entries)``."""
+        self.documents += (n > 0).sum(0)
+        self.n += n.sum(0)
+        self.s += s.sum(0)
+        self.squares += squares
+        if self.joint:
+            self.nn += n.T @ n
+            self.ns += n.T @ s
+            self.ss += s.T @ s
+        else:
+            self.nn += (n * n).sum(0)
+            self.ns += (n * s).sum(0)
+            self.ss += (s * s).sum(0)
+
+    def _relative(self) -> np.ndarray:
+        return np.divide(self.s, self.n, out=np.full_like(self.s, np.nan), where=self.n > 0)
+
+    def mean(self) -> np.ndarray:
+        return self._relative() + self.shift
+
+    def std(self) -> np.ndarray:
+        """Standard deviation over tokens."""
+        spread = self.squares - self.n * self._relative() ** 2
+        out = np.full_like(spread, np.nan)
+        np.divide(np.maximum(spread, 0), self.n - 1, out=out, where=self.n > 1)
+        return np.sqrt(out)
+
+    def stderr(self) -> np.ndarray:
+        """Standard errors of the means; not a number with a single document."""
+        m = self._relative()
+        nn, ns, ss = (np.diag(a) if self.joint else a for a in (self.nn, self.ns, self.ss))
+        rest = np.maximum(ss - 2 * m * ns + m * m * nn, 0) * self.documents
+        below = self.n**2 * (self.documents - 1)
+        out = np.full_like(rest, np.nan)
+        return np.sqrt(np.divide(rest, below, out=out, where=below > 0))
+
+    def stderr_of_average(self, entries: np.ndarray) -> float:
+        """Standard error of the mean over some entries, which vary together."""
+        documents = self.documents[entries].min()
+        if documents < 2:
+            return math.nan
+        at, m, n = np.ix_(entries, entries), self._relative()[entries], self.n[entries]
+        ns = m[:, None] * self.ns[at]  # m_i n_i s_j, summed over documents
+        rest = self.ss[at] - ns - ns.T + np.outer(m, m) * self.nn[at]
+        mean = (rest / np.outer(n, n)).sum() / len(entries) ** 2
+        return math.sqrt(max(mean, 0) * documents / (documents - 1))
+
+
+def _totals(part: Tensor, inside: Tensor) -> list[Tensor]:
+    """Counts and totals ``(documents, entries)`` and sums of squares, passing over nan."""
+    total = inside @ part
+    if torch.isfinite(total).all():
+        count = inside.sum(1, keepdim=True).expand_as(total)
+    else:
+        there = torch.isfinite(part)
+        part = torch.where(there, part, 0)
+        count, total = inside @ there.to(part.dtype), inside @ part
+    return [count, total, (part * part).sum(0)]
+
+
+class _Sums:
+    """What is kept of a corpus; its size does not depend on the number of tokens."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings  # depth, sublayers, parallel, normed, null, sample, per_token
+        self.tokens = self.documents = self.batches = 0
+        self.layout: dict[str, tuple[int, int]] = {}
+        self.vectors = self.pairs = None
+        rows = 1 + settings["depth"] * (2 if settings["sublayers"] else 1)
+        self.gram = np.zeros((rows, rows))
+        self.priority, self.sampled = np.zeros(0), np.zeros((0, rows, rows))
+        self.sampled_from = np.zeros((0, 2), dtype=np.int64)  # document, position
+        self.kept: dict[str, list[np.ndarray]] = {}
+
+    def add(
+        self,
+        groups: Iterable[tuple[Tensor, Tensor | None]],
+        document: Tensor,
+        position: Tensor,
+        token: Tensor,
+    ) -> None:
+        """Add one batch: Gram matrices in groups, and each token's row, position and id."""
+        device = document.device
+        rows = int(document.max()) + 1 if len(document) else 0
+        counts = np.bincount(document.cpu().numpy(), minlength=rows)
+        names, chosen, priority = self._choose(counts)
+        totals: list[Tensor] | None = None
+        start = 0
+        for gram, null in groups:
+            stop = start + len(gram)
+            values, pairs = _statistics(
+                gram, *(self.settings[name] for name in ("sublayers", "parallel", "normed"))
+            )
+            if null is not None:
+                values["null_cosines"] = null
+                values["null_angles"] = torch.atan2((1 - null * null).clamp(min=0).sqrt(), null)
+            parts = [torch.cat(list(values.values()), 1), pairs]
+            self._prepare(values, parts)
+            inside = document[start:stop] == torch.arange(rows, device=device)[:, None]
+            inside = inside.to(gram.dtype)
+            new = [gram[:, : len(self.gram), : len(self.gram)].sum(0)]
+            for part, moments in zip(parts, (self.vectors, self.pairs), strict=True):
+                new += _totals(part - torch.as_tensor(moments.shift, device=device), inside)
+            totals = new if totals is None else [a + b for a, b in zip(totals, new, strict=True)]
+            hit = (chosen >= start) & (chosen < stop)
+            picked = torch.as_tensor(chosen[hit] - start, device=device)
+            picked = gram[picked, : len(self.gram), : len(self.gram)].cpu().numpy()
+            self.sampled = np.concatenate([self.sampled, picked])
+            if self.settings["per_token"]:
+                for name in _PER_TOKEN:
+                    array = values[name].to(torch.float32).cpu().numpy()
+                    self.kept.setdefault(name, []).append(array)
+            start = stop
+        self.batches += 1
+        if totals is None:
+            return
+        gram, *sums = (total.cpu().numpy() for total in totals)
+        self.gram += gram
+        self.vectors.add(*sums[:3])
+        self.pairs.add(*sums[3:])
+        self._keep_sample(names, chosen, priority, position.cpu().numpy())
+        if self.settings["per_token"]:
+            # Rows without a counted token are no documents: number those that remain.
+            number = self.documents + np.cumsum(counts > 0) - 1
+            ids = {"document": number[document.cpu().numpy()], "position": position.cpu().numpy()}
+            for name, array in {**ids, "token": token.cpu().numpy()}.items():
+                self.kept.setdefault(name, []).append(array)
+        self.tokens += len(document)
+        self.documents += int((counts > 0).sum())
+
+    def _prepare(self, values: dict[str, Tensor], parts: list[Tensor]) -> None:
+        """On the first tokens: the layout, and numbers near the means, subtracted from all."""
+        if self.vectors is not None:
+            return
+        ends = np.cumsum([value.shape[1] for value in values.values()])
+        starts = [0, *ends[:-1]]
+        self.layout = {
+            name: (int(a), int(b)) for name, a, b in zip(values, starts, ends, strict=True)
+        }
+        self.vectors = _Moments(parts[0].shape[1], joint=True)
+        self.pairs = _Moments(parts[1].shape[1], joint=False)
+        for part, moments in zip(parts, (self.vectors, self.pairs), strict=True):
+            moments.shift = torch.nan_to_num(part.nanmean(0)).cpu().numpy()
+
+    def _choose(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One random token of each document that may enter the sample."""
+        rng = np.random.default_rng([17, self.batches])
+        where, priority = rng.random((2, len(counts)))
+        first = np.cumsum(counts) - counts
+        chosen = first + np.minimum((where * counts).astype(int), np.maximum(counts - 1, 0))
+        limit = np.inf
+        if len(self.priority) >= self.settings["sample"]:
+            limit = self.priority.max() if len(self.priority) else -np.inf
+        names = self.documents + np.cumsum(counts > 0) - 1
+        enters = (counts > 0) & (priority < limit)
+        return names[enters], chosen[enters], priority[enters]
+
+    def _keep_sample(self, names, chosen, priority, position) -> None:
+        self.priority = np.concatenate([self.priority, priority])
+        new = np.stack([names, position[chosen]], axis=1).astype(np.int64)
+        self.sampled_from = np.concatenate([self.sampled_from, new])
+        size = self.settings["sample"]
+        if len(self.priority) > size:
+            best = np.sort(np.argsort(self.priority, kind="stable")[:size])
+            self.priority, self.sampled = self.priority[best], self.sampled[best]
+            self.sampled_from = self.sampled_from[best]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything as arrays, for a checkpoint."""
+        arrays = {n: getattr(self, n) for n in ("gram", "priority", "sampled", "sampled_from")}
+        for part in ("vectors", "pairs"):
+            moments = getattr(self, part)
+            if moments is not None:
+                arrays |= {f"{part}.{name}": getattr(moments, name) for name in _Moments.names}
+        arrays |= {f"kept.{name}": np.concatenate(parts) for name, parts in self.kept.items()}
+        counts = {n: getattr(self, n) for n in ("tokens", "documents", "batches", "layout")}
+        arrays["counts"] = np.array(json.dumps(counts))
+        return arrays
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what :meth:`state` gave."""
+        for name in ("gram", "priority", "sampled", "sampled_from"):
+            setattr(self, name, arrays[name])
+        for name, value in json.loads(str(arrays["counts"])).items():
+            setattr(self, name, value)
+        self.layout = {name: tuple(ends) for name, ends in self.layout.items()}
+        for part, joint in (("vectors", True), ("pairs", False)):
+            if f"{part}.n" in arrays:
+                moments = _Moments(len(arrays[f"{part}.n"]), joint)
+                for name in _Moments.names:
+                    setattr(moments, name, arrays[f"{part}.{name}"])
+                setattr(self, part, moments)
+        kept = [name for name in arrays if name.startswith("kept.")]
+        self.kept = {name.removeprefix("kept."): [arrays[name]] for name in kept}
+
+
+# What a recording gives -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """How a network's residual stream moves along depth, over many tokens.
+
+    Made by :func:`record`, :meth:`from_states` or :meth:`from_writes`. Tables have a row for
+    each ``layer`` and the columns ``mean`` (over all tokens), ``stderr`` (its standard
+    error, with documents as the independent units) and ``std`` (spread over tokens). Angles are
+    in radians. A token for which a number is not defined (the angle of a write that is
+    zero) is left out of that number.
+
+    Layers are numbered as in the formulas: ``h_0`` enters the first block, ``Δ_1`` is
+    what that block writes, ``h_l = h_0 + Δ_1 + … + Δ_l``, and ``h_ℓ`` is the last state,
+    before the final norm.
+
+    Attributes
+    ----------
+    name : str
+        The model, or what was given instead.
+    depth, width : int
+        Blocks, and size of the stream (0 where only Gram matrices were given).
+    writes : str
+        ``"block"``, one write a block, or ``"sublayer"``: attention and MLP.
+    parallel : bool
+        Whether both sublayers are added to the block's input (GPT-NeoX, Phi).
+    tokens, documents : int
+        How many were counted.
+    gram : numpy.ndarray
+        Mean Gram matrix of ``[h_0, writes…]``, ``(writes + 1, writes + 1)``.
+    per_token : dict or None
+        On request ``norms``, ``angles``, ``update_angles`` ``(tokens, layers)`` in single
+        precision, and ``document``, ``position`` and ``token`` ``(tokens,)``.
+    """
+
+    name: str
+    depth: int
+    width: int
+    writes: str
+    parallel: bool
+    tokens: int
+    documents: int
+    gram: np.ndarray = field(repr=False)
+    per_token: dict[str, np.ndarray] | None = field(repr=False)
+    _sums: _Sums = field(repr=False)
+
+    # Toy networks
+
+    @classmethod
+    def from_states(
+        cls, states: Any, *, name: str = "states", per_token: bool = False, sample: int = 512
+    ) -> Trajectory:
+        """The trajectory of any residual network, each input a document of one token.
+
+        Parameters
+        ----------
+        states : array
+            Residual stream ``(depth + 1, inputs, width)``, as
+            :meth:`depthutil.toy.ToyResult.states` returns it.
+        name, per_token, sample
+            As attributes here, and as in :func:`record`.
+
+        Examples
+        --------
+        >>> states = np.array([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 1.0]]])
+        >>> Trajectory.from_states(states).angles()["mean"].round(4).tolist()
+        [0.7854, 0.7854]
+        """
+        if len(getattr(states, "shape", ())) != 3:
+            signatures.gram(states)  # says what is wrong
+        parts = (
+            torch.from_numpy(signatures.gram(states[:, i : i + _GROUP["cpu"]]))
+            for i in range(0, max(states.shape[1], 1), _GROUP["cpu"])
+        )
+        settings = _settings(states.shape[0] - 1, per_token=per_token, sample=sample)
+        return _of_inputs(parts, settings, name, states.shape[2])
+
+    @classmethod
+    def from_writes(
+        cls,
+        writes: Any,
+        *,
+        sublayers: bool = False,
+        parallel: bool = False,
+        name: str = "writes",
+        per_token: bool = False,
+        sample: int = 512,
+    ) -> Trajectory:
+        """The trajectory of a network whose writes are known, each input a document.
+
+        Parameters
+        ----------
+        writes : array
+            The stream's start and the writes, ``(writes + 1, inputs, width)``.
+        sublayers, parallel : bool
+            Whether two writes make a block, and whether both are added to its input.
+        name, per_token, sample
+            As attributes here, and as in :func:`record`.
+
+        Examples
+        --------
+        >>> writes = np.array([[[3.0, 0.0]], [[0.0, 4.0]]])
+        >>> Trajectory.from_writes(writes).norms()["mean"].tolist()
+        [3.0, 5.0]
+        """
+        writes = torch.as_tensor(writes).detach().cpu().double()
+        if writes.ndim != 3 or writes.shape[0] < 2 or 0 in writes.shape:
+            raise ValueError(
+                f"writes must be (writes + 1, inputs, width), not {tuple(writes.shape)}"
+            )
+        if sublayers and writes.shape[0] % 2 == 0:
+            raise ValueError(f"{writes.shape[0] - 1} writes are not two for each block")
+        if not torch.isfinite(writes).all():
+            raise ValueError("writes hold numbers that are not finite: leave those inputs out")
+        depth = (writes.shape[0] - 1) // (2 if sublayers else 1)
+        stacks = (part.transpose(0, 1) for part in writes.split(_GROUP["cpu"], dim=1))
+        parts = (stack @ stack.transpose(1, 2) for stack in stacks)
+        settings = _settings(depth, sublayers, parallel, per_token=per_token, sample=sample)
+        return _of_inputs(parts, settings, name, writes.shape[2])
+
+    # Tables
+
+    def norms(self) -> pd.DataFrame:
+        """``‖h_l‖`` for l = 0 … ℓ."""
+        return self._table("norms")
+
+    def angles(self) -> pd.DataFrame:
+        """``θ(h_l, h_{l+1})`` for l = 0 … ℓ − 1: the size of each update."""
+        return self._table("angles")
+
+    def update_norms(self) -> pd.DataFrame:
+        """``‖Δ_l‖`` for l = 1 … ℓ."""
+        return self._table("update_norms")
+
+    def update_angles(self, lag: int = 1, *, null: bool = False) -> pd.DataFrame:
+        """``θ(Δ_l, Δ_{l+lag})`` for l = 1 … ℓ − lag: the correlation of updates.
+
+        Parameters
+        ----------
+        lag : int
+            How many layers apart.
+        null : bool
+            Instead, the angle of neighbouring layers' updates at two different tokens, half
+            a batch apart: what they share whatever the token. Needs
+            ``record(..., null=True)``.
+        """
+        return self._pairs("angles", lag, null)
+
+    def update_cosines(self, lag: int = 1, *, null: bool = False) -> pd.DataFrame:
+        """The cosines of :meth:`update_angles`."""
+        return self._pairs("cosines", lag, null)
+
+    def angle_to_end(self) -> pd.DataFrame:
+        """``θ(h_l, h_ℓ)`` for l = 0 … ℓ."""
+        return self._table("angle_to_end")
+
+    def projections(self) -> pd.DataFrame:
+        """``(h_l − h_0)·(h_ℓ − h_0) / ‖h_ℓ − h_0‖²`` for l = 0 … ℓ: from 0 to 1."""
+        return self._table("projections")
+
+    def contributions(self) -> pd.DataFrame:
+        """Size of each write relative to the stream it is added to, by ``part``.
+
+        ``block`` is ``‖Δ_l‖/‖h‖`` with ``h = h_{l−1}``; of sublayers, also ``attention``
+        ``‖a_l‖/‖h‖`` and ``mlp`` ``‖m_l‖/‖h + a_l‖``. In parallel blocks both
+        are added to ``h``, so there ``mlp`` is ``‖m_l‖/‖h‖`` (arXiv 2505.13898, section 3).
+        """
+        return self._parts("contributions")
+
+    def cosines(self) -> pd.DataFrame:
+        """Cosine of each write with the stream it is added to, by ``part``.
+
+        Negative erases, zero adds, positive amplifies. Streams as in :meth:`contributions`.
+        """
+        return self._parts("cosines")
+
+    def block_influence(self) -> pd.DataFrame:
+        """``1 − cos(h_{l−1}, h_l)`` for l = 1 … ℓ (arXiv 2403.03853)."""
+        return self._table("block_influence")
+
+    def last_angle_after_norm(self) -> pd.DataFrame:
+        """``θ(h_{ℓ−1}, norm(h_ℓ))``, one row.
+
+        This is what the last two ``hidden_states`` of ``transformers`` give, because for most
+        families the last one has been through the final norm. The last row of :meth:`angles`
+        is the last block's own.
+        """
+        if "last_angle_after_norm" not in self._sums.layout:
+            raise ValueError(f"{self.name} was not recorded with a final norm")
+        return self._table("last_angle_after_norm")
+
+    def average(
+        self,
+        statistic: str = "angles",
+        first: int | None = None,
+        last: int | None = None,
+    ) -> pd.Series:
+        """Mean of a statistic over layers, with its standard error over documents.
+
+        Layers of one document vary together, which this error counts.
+
+        Parameters
+        ----------
+        statistic : str
+            A key of :data:`STATISTICS` that this trajectory has.
+        first, last : int, optional
+            Layers to begin and end with, both included. By default the statistic's first
+            and last entry are left out: these layers read from and write to the vocabulary.
+
+        Returns
+        -------
+        pandas.Series
+            ``mean``, ``stderr``, ``first``, ``last``.
+
+        Examples
+        --------
+        >>> rng = np.random.default_rng(0)
+        >>> walk = rng.standard_normal((9, 50, 16)).cumsum(axis=0)
+        >>> Trajectory.from_states(walk).average("update_angles").round(2).to_dict()
+        {'mean': 1.55, 'stderr': 0.02, 'first': 2.0, 'last': 6.0}
+        """
+        layers = self._layers(statistic)
+        if len(layers) == 0 or (first is None and last is None and len(layers) < 3):
+            raise ValueError(
+                f"{statistic} of {self.depth} layers has no middle: name first and last"
+            )
+        first = layers[1] if first is None else first
+        last = layers[-2] if last is None else last
+        inside = np.flatnonzero((layers >= first) & (layers <= last))
+        if not (layers[0] <= first <= last <= layers[-1]):
+            raise ValueError(
+                f"{statistic} has layers {layers[0]} to {layers[-1]}, not {first} to {last}"
+            )
+        entries = inside + self._sums.layout[statistic][0]
+        return pd.Series(
+            {
+                "mean": self._sums.vectors.mean()[entries].mean(),
+                "stderr": self._sums.vectors.stderr_of_average(entries),
+                "first": first,
+                "last": last,
+            }
+        )
+
+    def grams(self, first: int = 1, last: int | None = None) -> np.ndarray:
+        """Gram matrices of one random token of each document, of a sample of documents.
+
+        They are what :func:`depthutil.signatures.signature` takes as ``gram_matrix``.
+
+        Parameters
+        ----------
+        first, last : int, optional
+            Blocks to begin and end with, both included; all by default. What is before
+            ``first`` makes up the start.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``(documents, blocks + 1, blocks + 1)``, of ``[h_{first−1}, Δ_first, …, Δ_last]``.
+
+        Examples
+        --------
+        >>> rng = np.random.default_rng(0)
+        >>> walk = rng.standard_normal((9, 50, 16)).cumsum(axis=0)
+        >>> Trajectory.from_states(walk).grams(first=2, last=7).shape
+        (50, 7, 7)
+        """
+        last = self.depth if last is None else last
+        if not 1 <= first <= last <= self.depth:
+            raise ValueError(f"blocks are numbered 1 to {self.depth}, not {first} to {last}")
+        whole = self._sums.sampled
+        if self.writes == "sublayer":
+            whole = _blocks(torch.from_numpy(whole)).numpy()
+        whole = whole[:, : last + 1, : last + 1]
+        result = whole[:, first - 1 :, first - 1 :].copy()
+        result[:, 0, 1:] = result[:, 1:, 0] = whole[:, :first, first:].sum(1)
+        result[:, 0, 0] = whole[:, :first, :first].sum((1, 2))
+        return result
+
+    def table(self) -> pd.DataFrame:
+        """Every statistic in one table: ``statistic, layer, lag, mean, stderr, std``.
+
+        Made for :func:`depthutil.archive.save`. ``lag`` is 1 but for updates further apart.
+        """
+        parts = [self._table(name).assign(statistic=name, lag=1) for name in self._sums.layout]
+        for what in ("angles", "cosines"):
+            parts += [
+                self._pairs(what, lag, False).assign(statistic=f"update_{what}", lag=lag)
+                for lag in range(2, self.depth)
+            ]
+        table = pd.concat(parts, ignore_index=True)
+        return table[["statistic", "layer", "lag", "mean", "stderr", "std"]]
+
+    def _layers(self, statistic: str) -> np.ndarray:
+        if statistic not in self._sums.layout:
+            raise ValueError(
+                f"this trajectory has no {statistic!r}, but {', '.join(self._sums.layout)}"
+            )
+        start, stop = self._sums.layout[statistic]
+        first = STATISTICS[statistic]
+        return np.arange(stop - start) + (self.depth if first is None else first)
+
+    def _table(self, statistic: str) -> pd.DataFrame:
+        layers, at = self._layers(statistic), slice(*self._sums.layout[statistic])
+        moments = self._sums.vectors
+        return _frame(layers, moments, at)
+
+    def _pairs(self, what: str, lag: int, null: bool) -> pd.DataFrame:
+        if null:
+            if "null_cosines" not in self._sums.layout:
+                raise ValueError("there is no null: record with null=True")
+            if lag != 1:
+                raise ValueError(f"the null is of neighbouring layers, not of lag {lag}")
+            return self._table(f"null_{what}")
+        if not 1 <= lag < max(self.depth, 2):
+            raise ValueError(f"the lag of {self.depth} updates is 1 to {self.depth - 1}, not {lag}")
+        i, j = np.triu_indices(self.depth, 1)
+        at = np.flatnonzero(j - i == lag)
+        at = at + (len(i) if what == "cosines" else 0)
+        return _frame(np.arange(len(at)) + 1, self._sums.pairs, at)
+
+    def _parts(self, what: str) -> pd.DataFrame:
+        names = [name for name in self._sums.layout if name.startswith(what + ".")]
+        parts = {name.partition(".")[2]: self._table(name) for name in names}
+        tables = [frame.assign(part=part) for part, frame in parts.items()]
+        table = pd.concat(tables, ignore_index=True)
+        return table[["layer", "part", "mean", "stderr", "std"]]
+
+
+def _frame(layers: np.ndarray, moments: _Moments, at: Any) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "layer": layers,
+            "mean": moments.mean()[at],
+            "stderr": moments.stderr()[at],
+            "std": moments.std()[at],
+        }
+    )
+
+
+def _settings(
+    depth: int,
+    sublayers: bool = False,
+    parallel: bool = False,
+    *,
+    normed: bool = False,
+    null: bool = False,
+    sample: int = 512,
+    per_token: bool = False,
+) -> dict[str, Any]:
+    if not isinstance(sample, int) or sample < 0:
+        raise ValueError(f"sample is a number of documents, not {sample!r}")
+    return {
+        "depth": depth,
+        "sublayers": sublayers,
+        "parallel": parallel,
+        "normed": normed,
+        "null": bool(null),
+        "sample": sample,
+        "per_token": bool(per_token),
+    }
+
+
+def _of_inputs(
+    parts: Iterable[Tensor], settings: dict[str, Any], name: str, width: int
+) -> Trajectory:
+    sums = _Sums(settings)
+    for gram in parts:
+        each = torch.arange(len(gram))
+        nothing = torch.zeros(len(gram), dtype=torch.long)
+        sums.add([(gram, None)], each, nothing, nothing - 1)
+    return _result(sums, name, width)
+
+
+def _result(sums: _Sums, name: str, width: int) -> Trajectory:
+    kept = {key: np.concatenate(parts) for key, parts in sums.kept.items()}
+    return Trajectory(
+        name=name,
+        depth=sums.settings["depth"],
+        width=width,
+        writes="sublayer" if sums.settings["sublayers"] else "block",
+        parallel=sums.settings["parallel"],
+        tokens=sums.tokens,
+        documents=sums.documents,
+        gram=sums.gram / sums.tokens,
+        per_token=kept or None,
+        _sums=sums,
+    )
+
+
+# Watching a model -------------------------------------------------------------------------
+
+
+def _tensor(output: Any) -> Tensor:
+    """The hidden states among what a module returns, a tensor or a tuple that begins with it."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _hidden(args: tuple, kwargs: dict) -> Tensor:
+    if args:
+        return args[0]
+    if "hidden_states" not in kwargs:
+        raise ValueError(f"a block reads {sorted(kwargs)} and no hidden_states: it is not known")
+    return kwargs["hidden_states"]
+
+
+class _Shelf:
+    """Memory for what hooks keep, used again for every batch.
+
+    On a CPU, keeping a module's output alive makes the next modules write to fresh pages,
+    which costs twice what copying it to pages already there does. A GPU's allocator has no
+    such cost, and there outputs are kept as they are.
+    """
+
+    def __init__(self):
+        self.slots: list[Tensor] = []
+        self.used = 0
+
+    def keep(self, states: Tensor) -> Tensor:
+        if states.device.type != "cpu":
+            return states
+        if self.used == len(self.slots):
+            self.slots.append(states.new_empty(0))
+        slot = self.slots[self.used]
+        if slot.dtype != states.dtype or slot.numel() < states.numel():
+            slot = self.slots[self.used] = states.new_empty(states.numel())
+        self.used += 1
+        return slot[: states.numel()].view(states.shape).copy_(states)
+
+
+class _Trace:
+    """What passed through the hooks in one forward pass."""
+
+    def __init__(self):
+        self.start: Tensor | None = None
+        self.first: list[Tensor] = []  # attention, or the block's output
+        self.second: list[Tensor] = []  # MLP, or the block's input
+        self.after: Tensor | None = None
+        self.inputs: list[Tensor] = []  # of blocks and the final norm, for the check only
+        self.outputs: list[Tensor] = []
+        self.normed: dict[int, list[Tensor]] = {}
+
+
+@contextmanager
+def _watching(
+    parts: models.Anatomy, check: Tensor | None = None, shelf: _Shelf | None = None
+) -> Iterator[_Trace]:
+    """Hooks on all that writes; with ``check``, also these positions of all that is read."""
+    trace, handles = _Trace(), []
+    shelf = _Shelf() if shelf is None else shelf
+    shelf.used, keep = 0, shelf.keep
+
+    def on_output(module: nn.Module, store: Callable[[Tensor], Any]) -> None:
+        hook = lambda module, args, output: store(_tensor(output))  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+
+    def on_input(module: nn.Module, store: Callable[[Tensor], Any]) -> None:
+        hook = lambda module, args, kwargs: store(_hidden(args, kwargs))  # noqa: E731
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    on_input(parts.blocks[0], lambda h: setattr(trace, "start", keep(h)))
+    on_output(parts.norm, lambda h: setattr(trace, "after", keep(h)))
+    if parts.attention is None:
+        for block in parts.blocks:
+            on_input(block, lambda h: trace.second.append(keep(h)))
+            on_output(block, lambda h: trace.first.append(keep(h)))
+    else:
+        for attention, mlp in zip(parts.attention, parts.mlp, strict=True):
+            on_output(attention, lambda h: trace.first.append(keep(h)))
+            on_output(mlp, lambda h: trace.second.append(keep(h)))
+    if check is not None:
+        on_input(parts.norm, lambda h: trace.inputs.append(_pick(h, check)))
+        for number, block in enumerate(parts.blocks):
+            on_input(block, lambda h: trace.inputs.append(_pick(h, check)))
+            on_output(block, lambda h: trace.outputs.append(_pick(h, check)))
+            for child in block.children():
+                if models.is_norm(child):
+                    some = trace.normed.setdefault(number, [])
+                    on_output(child, lambda h, some=some: some.append(_pick(h, check)))
+    try:
+        yield trace
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pick(states: Tensor, rows: Tensor | slice) -> Tensor:
+    """Rows ``(tokens, width)`` of hidden states, which may be on any device."""
+    flat = states.reshape(-1, states.shape[-1])
+    return flat[rows if isinstance(rows, slice) else rows.to(flat.device)]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients, and each module's mode as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _verify(parts: models.Anatomy, trace: _Trace, rows: Tensor, kind: str) -> None:
+    """Refuse a model whose recorded writes do not take each state to the next."""
+    refuse = f"{kind} ({parts.family}) cannot be recorded: "
+    depth = parts.depth
+    counts = {len(trace.outputs), len(trace.inputs) - 1, len(trace.first), len(trace.second)}
+    if counts != {depth}:
+        raise ValueError(refuse + "its blocks or sublayers do not run exactly once each, in order")
+    if not all(torch.isfinite(state).all() for state in trace.outputs):
+        return  # which is said with the token's place when its products are looked at
+    for number in range(depth):
+        before, after = trace.inputs[number], trace.outputs[number]
+        following = trace.inputs[number + 1].to(after.device)
+        if not torch.equal(after, following):
+            raise ValueError(
+                refuse + f"what block {number + 1} returns is not what the next module reads"
+            )
+        if any(
+            normed.shape == after.shape and torch.equal(normed.to(after.device), after)
+            for normed in trace.normed.get(number, [])
+        ):
+            raise ValueError(
+                refuse + "its blocks normalise the stream itself (post-norm), so that states are "
+                "no sums of writes"
+            )
+        if parts.attention is None:
+            continue
+        one, two = (_pick(w[number], rows).to(after.device) for w in (trace.first, trace.second))
+        eps = max(torch.finfo(tensor.dtype).eps for tensor in (one, two, after))
+        before, after, one, two = (
+            x.double() if x.device.type != "mps" else x.cpu().double()
+            for x in (before, after, one, two)
+        )
+        gap = (before + one + two - after).norm(dim=-1)
+        # A model that adds in its own precision rounds twice; this allows for a few times that.
+        scale = before.norm(dim=-1) + one.norm(dim=-1) + two.norm(dim=-1)
+        if not (gap <= 4 * eps * scale).all():
+            worst = float((gap / after.norm(dim=-1)).max())
+            raise ValueError(
+                refuse + f"in block {number + 1} what attention and MLP write misses the change of "
+                f"the state by {worst:.1%} of its length"
+            )
+
+
+class _Stack:
+    """The stream's start and writes of some tokens, in double precision."""
+
+    def __init__(self, parts: models.Anatomy, trace: _Trace, sublayers: bool, device: torch.device):
+        self.parts, self.trace, self.sublayers, self.device = parts, trace, sublayers, device
+        self.rows = 1 + parts.depth * (2 if sublayers else 1)
+
+    def size(self, width: int) -> int:
+        """How many tokens to take at a time."""
+        budget = _STACK_BYTES.get(self.device.type, 4e6)
+        return max(16, int(budget / (8 * width * (self.rows + 1))))
+
+    def fill(self, out: Tensor, rows: Tensor | slice, after: bool = True) -> Tensor:
+        """Write ``[h_0, writes…, norm(h_ℓ)]`` of these tokens into ``out``."""
+        trace = self.trace
+        out[:, 0] = self._get(trace.start, rows)
+        for number, (first, second) in enumerate(zip(trace.first, trace.second, strict=True)):
+            if self.sublayers:
+                out[:, 2 * number + 1] = self._get(first, rows)
+                out[:, 2 * number + 2] = self._get(second, rows)
+                continue
+            write = out[:, number + 1]
+            write.copy_(self._get(first, rows))
+            if self.parts.attention is None:  # output − input
+                write -= self._get(second, rows)
+            else:
+                write += self._get(second, rows)
+        if after:
+            out[:, self.rows] = self._get(trace.after, rows)
+        return out
+
+    def _get(self, states: Tensor, rows: Tensor | slice) -> Tensor:
+        states = _pick(states, rows)
+        return states if states.device == self.device else states.to(self.device)
+
+    def empty(self, tokens: int, width: int) -> Tensor:
+        shape = (tokens, self.rows + 1, width)
+        return torch.empty(shape, dtype=torch.float64, device=self.device)
+
+
+def _groups(
+    stack: _Stack, rows: Tensor, width: int, null: bool
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Gram matrices of a batch's tokens, a group at a time, and cosines with other tokens."""
+    size = min(stack.size(width), len(rows))
+    buffer = stack.empty(size, width)
+    other = stack.empty(size, width) if null else None
+    partners = rows.roll(len(rows) // 2)
+    group = _GROUP.get(stack.device.type, _GROUP["cpu"])
+    for begin in range(0, len(rows), group):
+        grams, nulls = [], []
+        for start in range(begin, min(begin + group, len(rows)), size):
+            some = rows[start : min(start + size, begin + group)]
+            filled = stack.fill(buffer[: len(some)], _as_slice(some))
+            grams.append(filled @ filled.transpose(1, 2))
+            if null:
+                theirs = partners[start : start + len(some)]
+                theirs = stack.fill(other[: len(some)], theirs, after=False)
+                nulls.append(_across_tokens(filled, theirs, stack))
+        yield torch.cat(grams), torch.cat(nulls) if null else None
+
+
+def _across_tokens(mine: Tensor, theirs: Tensor, stack: _Stack) -> Tensor:
+    """Cosines of each update of a token with the next layer's update of another token."""
+    mine, theirs = (stack_[:, 1 : stack.rows] for stack_ in (mine, theirs))
+    if stack.sublayers:
+        mine, theirs = mine[:, 0::2] + mine[:, 1::2], theirs[:, 0::2] + theirs[:, 1::2]
+    mine, theirs = mine[:, :-1], theirs[:, 1:]
+    return _over((mine * theirs).sum(2), mine.norm(dim=2) * theirs.norm(dim=2))
+
+
+def _as_slice(rows: Tensor) -> Tensor | slice:
+    """Consecutive rows as a slice, which is read without a copy."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+# Recording --------------------------------------------------------------------------------
+
+
+def record(
+    model: nn.Module,
+    batches: Iterable[Any],
+    writes: str = "block",
+    *,
+    per_token: bool = False,
+    mask: str | Callable[[Tensor, Tensor], Tensor] = "next",
+    null: bool = False,
+    sample: int = 512,
+    device: str | torch.device | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = 60,
+    progress: bool | Callable[[int, int | None, float | None], None] = False,
+) -> Trajectory:
+    """Run a language model over a corpus and keep the statistics of its writes.
+
+    On the first batch, the recorded writes are compared with the states that the blocks return.
+    Memory does not grow with the corpus unless values are wanted per token. The head is not run.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model, see :func:`depthutil.models.anatomy`. Run in evaluation mode.
+    batches : iterable
+        Token ids ``(documents, positions)``, or mappings with ``input_ids`` and, where
+        documents are filled up, ``attention_mask``; :func:`depthutil.models.batches` makes
+        them. Each row is a document.
+    writes : str
+        ``"block"``, or ``"sublayer"`` to tell attention from MLP, which gives everything
+        that ``"block"`` does and more.
+    per_token : bool
+        Keep norms, angles and update angles of every token, 4 bytes a number.
+    mask : str or callable
+        Positions that count: ``"next"``, where the token and the next are real (arXiv
+        2602.05970, appendix A), so never the last; ``"all"`` real ones; or a function of ids and
+        attention mask that returns booleans of their shape.
+    null : bool
+        Also compare the updates of each token with the next layer's at another token.
+    sample : int
+        Of how many documents to keep one token's Gram matrix, see :meth:`Trajectory.grams`.
+    device : str or torch.device, optional
+        Where products are taken, by default where the last block is.
+    checkpoint : path, optional
+        File to save to and, where it exists, to continue from, to the same bits.
+    checkpoint_seconds : float
+        Time between checkpoints.
+    progress : bool or callable
+        Print progress and time left to standard error about every ten seconds, or call
+        with ``(batches done, all batches, seconds left)``; the last two are None if
+        ``batches`` has no length.
+
+    Returns
+    -------
+    Trajectory
+
+    Raises
+    ------
+    ValueError
+        If the model's writes do not add up to its states, if a batch has the wrong shape or no
+        position counts, or if the checkpoint belongs to another recording.
+    FloatingPointError
+        If a state is not finite; the message names batch, row and position.
+
+    Examples
+    --------
+    >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(
+    ...     vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+    ...     intermediate_size=32, max_position_embeddings=32))
+    >>> corpus = [torch.randint(50, (3, 20)) for _ in range(2)]
+    >>> recorded = record(model, corpus, writes="sublayer")
+    >>> recorded.documents, recorded.tokens  # the last position of each does not count
+    (6, 114)
+    >>> recorded.angles().columns.tolist(), len(recorded.angles())
+    (['layer', 'mean', 'stderr', 'std'], 4)
+    """
+    parts = models.anatomy(model)
+    _can_record(parts, model, writes)
+    if not (callable(mask) or mask in ("next", "all")):
+        raise ValueError(f"mask is 'next', 'all' or a function, not {mask!r}")
+    settings = _settings(
+        parts.depth,
+        writes == "sublayer",
+        parts.parallel,
+        normed=True,
+        null=null,
+        sample=sample,
+        per_token=per_token,
+    )
+    sums, digest = _Sums(settings), ""
+    name = _name(model)
+    path = None if checkpoint is None else Path(checkpoint)
+    identity = _identity(model, settings) if path is not None else ""
+    done, reached = 0, ""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            done, reached = _resume(path, identity, sums)
+    device = _product_device(parts) if device is None else torch.device(device)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    report = _Progress(progress, total, done)
+    shelf = _Shelf()
+    width, number, saved = 0, -1, time.perf_counter()
+    with _evaluating(model):
+        for number, batch in enumerate(batches):
+            inputs, keep = _inputs(batch, mask, number)
+            if path is not None:
+                digest = _chain(digest, inputs["input_ids"], keep)
+            if number < done:
+                if number == done - 1 and digest != reached:
+                    raise ValueError(f"{path} is the checkpoint of a recording of other text")
+                continue
+            width = _one_batch(parts, model, inputs, keep, sums, device, number, shelf)
+            report(number + 1, sums.tokens)
+            if path is not None and time.perf_counter() - saved >= checkpoint_seconds:
+                _save(path, identity, digest, sums)
+                saved = time.perf_counter()
+    if number + 1 < done:
+        raise ValueError(f"{path} has seen {done} batches, and now there are fewer")
+    if sums.tokens == 0:
+        raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
+    if path is not None and sums.batches > done:
+        _save(path, identity, digest, sums)
+    return _result(sums, name, width or _width(parts))
+
+
+def _can_record(parts: models.Anatomy, model: nn.Module, writes: str) -> None:
+    if writes not in ("block", "sublayer"):
+        raise ValueError(f"writes is 'block' or 'sublayer', not {writes!r}")
+    if writes == "sublayer" and parts.attention is None:
+        raise ValueError(
+            f"where attention and MLP of {type(model).__name__} ({parts.family}) write is not "
+            f"known (it is for {', '.join(models.FAMILIES)}): record writes='block'"
+        )
+
+
+def _one_batch(
+    parts: models.Anatomy,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    keep: Tensor,
+    sums: _Sums,
+    device: torch.device,
+    number: int,
+    shelf: _Shelf,
+) -> int:
+    """Run the model on one batch and add its tokens; returns the stream's width."""
+    rows = keep.reshape(-1).nonzero().squeeze(1)
+    ids = inputs["input_ids"]
+    document, position = rows // ids.shape[1], rows % ids.shape[1]
+    first = sums.vectors is None and len(rows) > 0
+    some = rows[:: max(1, len(rows) // 64)] if first else None
+    with _watching(parts, some, shelf) as trace:
+        _forward(parts, inputs)
+    if first:
+        _verify(parts, trace, some, type(model).__name__)
+    width = trace.start.shape[-1]
+    stack = _Stack(parts, trace, sums.settings["sublayers"], device)
+    groups = _groups(stack, rows, width, sums.settings["null"])
+    groups = _finite(groups, document, position, number, device)
+    some = (tensor.to(device) for tensor in (document, position, ids.reshape(-1)[rows]))
+    sums.add(groups, *some)
+    return width
+
+
+def _finite(groups, document, position, number, device):
+    """Groups as they come, unless one holds a state that is no number."""
+    start = 0
+    for gram, null in groups:
+        # One sum tells: it is not finite if anything is not.
+        if not math.isfinite(float(gram.sum())):
+            bad = int((~torch.isfinite(gram).flatten(1).all(1)).nonzero()[0]) + start
+            raise FloatingPointError(
+                f"batch {number}: the states of row {int(document[bad])} at position "
+                f"{int(position[bad])} are not finite: load the model in another precision "
+                "(float16 overflows first), or leave that document out"
+            )
+        start += len(gram)
+        yield gram, null
+
+
+def _forward(parts: models.Anatomy, inputs: dict[str, Tensor]) -> None:
+    """Run the backbone; a mask that masks nothing is left out, for attention's fast path."""
+    where = _device_of(parts.embedding)
+    inputs = {name: tensor.to(where) for name, tensor in inputs.items()}
+    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
+        del inputs["attention_mask"]
+    parts.backbone(**inputs, use_cache=False)
+
+
+def _inputs(batch: Any, mask: Any, number: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A batch as the model takes it, and which positions count."""
+    known = ("input_ids", "attention_mask", "position_ids")
+    if isinstance(batch, Mapping) or hasattr(batch, "input_ids"):
+        inputs = {name: torch.as_tensor(batch[name]) for name in known if name in batch}
+        if "input_ids" not in inputs:
+            raise ValueError(f"batch {number} has no input_ids, but {sorted(batch)}")
+    elif isinstance(batch, str):
+        raise TypeError(f"batch {number} is a text: models.batches(tokenizer, texts) makes tokens")
+    else:
+        inputs = {"input_ids": torch.as_tensor(batch)}
+    ids = inputs["input_ids"]
+    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+        raise ValueError(
+            f"batch {number} must be token ids (documents, positions), not {ids.dtype} of shape "
+            f"{tuple(ids.shape)}: for one document, use ids[None]"
+        )
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool().cpu()
+    if real.shape != ids.shape:
+        raise ValueError(f"batch {number}: attention_mask {tuple(real.shape)} does not fit the ids")
+    if "position_ids" not in inputs and (real[:, 1:] & ~real[:, :-1]).any():
+        raise ValueError(
+            f"batch {number} is filled up on the left, which shifts positions: fill up on the "
+            "right (models.batches does), or give position_ids"
+        )
+    if callable(mask):
+        keep = torch.as_tensor(mask(ids, real)).bool().cpu()
+        if keep.shape != ids.shape:
+            raise ValueError(f"mask returned shape {tuple(keep.shape)}, not {tuple(ids.shape)}")
+        keep &= real
+    elif mask == "all":
+        keep = real
+    else:
+        keep = torch.zeros_like(real)
+        keep[:, :-1] = real[:, :-1] & real[:, 1:]
+    return inputs, keep
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    device = next(module.parameters()).device
+    if device.type == "meta":  # device_map keeps these weights elsewhere until they are used
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
+
+
+def _product_device(parts: models.Anatomy) -> torch.device:
+    device = _device_of(parts.blocks[-1])
+    # Apple's GPUs have no double precision.
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _width(parts: models.Anatomy) -> int:
+    return int(parts.embedding.weight.shape[-1])
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model.config, "name_or_path", "") or type(model).__name__
+
+
+def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
+    """The stream's start and every write to it, as vectors, for a few sentences.
+
+    Memory grows with everything: for a corpus, use :func:`record`.
+
+    Parameters
+    ----------
+    model, batch, writes
+        As one batch of :func:`record`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(writes + 1, documents, positions, width)`` in double precision. Its cumulative sum
+        over the first axis are the states.
+
+    Raises
+    ------
+    ValueError
+        As :func:`record`.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> model = GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_layer=3, n_head=2))
+    >>> writes_of(model, torch.tensor([[1, 2, 3]]), "sublayer").shape
+    torch.Size([7, 1, 3, 4])
+    """
+    parts = models.anatomy(model)
+    _can_record(parts, model, writes)
+    inputs, _ = _inputs(batch, "all", 0)
+    rows = torch.arange(inputs["input_ids"].numel())
+    with _evaluating(model):
+        with _watching(parts, check=rows) as trace:
+            _forward(parts, inputs)
+        _verify(parts, trace, rows, type(model).__name__)
+        stack = _Stack(parts, trace, writes == "sublayer", _product_device(parts))
+        out = stack.fill(stack.empty(len(rows), trace.start.shape[-1]), slice(None), after=False)
+    return out[:, : stack.rows].transpose(0, 1).unflatten(1, inputs["input_ids"].shape)
+
+
+# Checkpoints and progress -----------------------------------------------------------------
+
+
+def _identity(model: nn.Module, settings: dict[str, Any]) -> str:
+    """What must be the same for a recording to be continued."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        if not parameter.is_meta:
+            some = parameter.detach().flatten()[:8].float().cpu()
+            digest.update(some.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _chain(digest: str, ids: Tensor, keep: Tensor) -> str:
+    more = hashlib.sha256(digest.encode() + str(tuple(ids.shape)).encode())
+    more.update(ids.cpu().to(torch.int64).numpy().tobytes())
+    more.update(keep.numpy().tobytes())
+    return more.hexdigest()
+
+
+def _save(path: Path, identity: str, digest: str, sums: _Sums) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            np.savez(file, identity=identity, digest=digest, **sums.state())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _resume(path: Path, identity: str, sums: _Sums) -> tuple[int, str]:
+    try:
+        with open(path, "rb") as file:
+            arrays = dict(np.load(file, allow_pickle=False))
+        theirs, digest = str(arrays["identity"]), str(arrays["digest"])
+    except Exception as error:  # zip, pickle and key errors alike
+        raise ValueError(f"{path} is no whole checkpoint of a recording: remove it") from error
+    if theirs != identity:
+        raise ValueError(
+            f"{path} is the checkpoint of another recording (model or settings differ): "
+            "remove it, or name another"
+        )
+    sums.restore(arrays)
+    return sums.batches, digest
+
+
+class _Progress:
+    """Says how far it is, about every ten seconds."""
+
+    def __init__(self, how: Any, total: int | None, done: int):
+        self.how, self.total, self.done = how, total, done
+        self.begin = self.told = time.perf_counter()
+
+    def __call__(self, number: int, tokens: int) -> None:
+        now = time.perf_counter()
+        left = None
+        if self.total is not None:
+            left = (now - self.begin) / (number - self.done) * (self.total - number)
+        if callable(self.how):
+            self.how(number, self.total, left)
+        elif self.how and (now - self.told > 10 or number == self.total):
+            self.told = now
+            of = "" if left is None else f" of {self.total:,}, {left / 60:.1f} min left"
+            print(f"batch {number:,}{of} ({tokens:,} tokens)", file=sys.stderr, flush=True)
+
+
+# Decoding early ---------------------------------------------------------------------------
+
+
+def decode_early(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    documents: int | None = None,
+    through_last: bool = True,
+    mask: str | Callable[[Tensor, Tensor], Tensor] = "next",
+    progress: bool | Callable[[int, int | None, float | None], None] = False,
+) -> pd.DataFrame:
+    """The loss that the model would have if it stopped at each layer.
+
+    ``h_l`` goes through the last block, the final norm and the head (arXiv 2602.05970,
+    figure 2), so that l = ℓ − 1 is the model itself. Each layer costs a block and the
+    head, several forward passes together: take a sample of documents, whose standard
+    error the table gives.
+
+    Parameters
+    ----------
+    model, batches, mask, progress
+        As in :func:`record`; positions without a next token never count.
+    documents : int, optional
+        How many to decode, spread evenly over all; all by default.
+    through_last : bool
+        False leaves the last block out (the logit lens); then l goes up to ℓ.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``layer, mean, stderr, std`` of the cross-entropy, in nats per token, errors over
+        documents. ``attrs`` holds ``documents``, ``of`` (how many there were) and ``tokens``.
+
+    Raises
+    ------
+    ValueError
+        If the model has no head, or does something else between the final norm and its
+        logits than is known.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> _ = torch.manual_seed(0)
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=3, n_head=2))
+    >>> losses = decode_early(model, [torch.randint(8, (6, 10))], documents=4)
+    >>> losses["layer"].tolist(), losses.attrs
+    ([0, 1, 2], {'documents': 4, 'of': 6, 'tokens': 36})
+    """
+    parts = models.anatomy(model)
+    batches = [_inputs(batch, mask, number) for number, batch in enumerate(batches)]
+    chosen, there = _spread(batches, documents)
+    moments = _Moments(parts.depth + (0 if through_last else 1), joint=False)
+    report = _Progress(progress, len(chosen), 0)
+    tokens = count = 0
+    with _evaluating(model):
+        for number, (inputs, keep) in enumerate(chosen):
+            ids, keep = inputs["input_ids"], keep.clone()
+            keep[:, -1] = False
+            if "attention_mask" in inputs:
+                keep[:, :-1] &= inputs["attention_mask"][:, 1:].bool().cpu()
+            rows = keep.reshape(-1).nonzero().squeeze(1)
+            losses = _losses(parts, model, inputs, rows, through_last, check=number == 0)
+            inside = rows // ids.shape[1] == torch.arange(len(ids))[:, None]
+            inside = inside.double()
+            if moments.n.sum() == 0 and len(rows):
+                moments.shift = losses.mean(0).numpy()
+            losses = losses - torch.from_numpy(moments.shift)
+            n = inside.sum(1, keepdim=True).expand(-1, losses.shape[1])
+            moments.add(n.numpy(), (inside @ losses).numpy(), (losses**2).sum(0).numpy())
+            tokens += len(rows)
+            count += int((inside.sum(1) > 0).sum())
+            report(number + 1, tokens)
+    if tokens == 0:
+        raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
+    table = _frame(np.arange(len(moments.n)), moments, slice(None))
+    table.attrs = {"documents": count, "of": there, "tokens": tokens}
+    return table
+
+
+def _spread(
+    batches: list[tuple[dict[str, Tensor], Tensor]], documents: int | None
+) -> tuple[list[tuple[dict[str, Tensor], Tensor]], int]:
+    """Evenly spaced rows of all batches, and how many rows there are."""
+    starts = np.cumsum([0, *(len(keep) for _, keep in batches)])
+    there = int(starts[-1])
+    if documents is None or documents >= there:
+        return batches, there
+    if documents < 1:
+        raise ValueError(f"documents is at least 1, not {documents}")
+    rows = (np.arange(documents) * there) // documents
+    result = []
+    for start, stop, (inputs, keep) in zip(starts[:-1], starts[1:], batches, strict=True):
+        some = torch.from_numpy(rows[(rows >= start) & (rows < stop)] - start)
+        if len(some):
+            result.append(({name: tensor[some] for name, tensor in inputs.items()}, keep[some]))
+    return result, there
+
+
+def _losses(
+    parts: models.Anatomy,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    rows: Tensor,
+    through_last: bool,
+    check: bool,
+) -> Tensor:
+    """Cross-entropies ``(tokens, layers)`` of the next token, decoded at every layer."""
+    states: list[Tensor] = []
+    last: dict[str, Any] = {}
+
+    def keep_input(module, args, kwargs):
+        states.append(_hidden(args, kwargs))
+        last.update(args=args, kwargs=kwargs)
+
+    def keep_output(module, args, output):
+        states.append(_tensor(output))
+
+    handles = [b.register_forward_pre_hook(keep_input, with_kwargs=True) for b in parts.blocks]
+    handles.append(parts.blocks[-1].register_forward_hook(keep_output))
+    try:
+        _forward(parts, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    end, where = states[-1], _device_of(parts.blocks[-1])
+    args, kwargs = last["args"], last["kwargs"]
+
+    def final(number: int) -> Tensor:
+        state = states[number]
+        if not through_last:
+            return state
+        if number == parts.depth - 1:  # the model's own last step
+            return end
+        state = state.to(where)
+        if args:
+            return _tensor(parts.blocks[-1](state, *args[1:], **kwargs))
+        return _tensor(parts.blocks[-1](**{**kwargs, "hidden_states": state}))
+
+    targets = inputs["input_ids"].reshape(-1)[(rows + 1).clamp(max=inputs["input_ids"].numel() - 1)]
+    if check and len(rows):
+        _verify_head(parts, model, inputs, end, rows)
+    columns = [
+        _cross_entropy(parts, final(number), rows, targets)
+        for number in range(parts.depth + (not through_last))
+    ]
+    return torch.stack(columns, 1)
+
+
+def _cross_entropy(parts: models.Anatomy, state: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    losses = []
+    size = max(1, 2**24 // parts.head.weight.shape[0]) if parts.head is not None else len(rows)
+    norm_at = _device_of(parts.norm)
+    for some, goal in zip(rows.split(size), targets.split(size), strict=True):
+        logits = parts.logits(_pick(state, some).to(norm_at))
+        goal = goal.to(logits.device)
+        losses.append(nn.functional.cross_entropy(logits, goal, reduction="none").double().cpu())
+    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64)
+
+
+def _verify_head(
+    parts: models.Anatomy, model: nn.Module, inputs: dict[str, Tensor], end: Tensor, rows: Tensor
+) -> None:
+    """Refuse a model whose logits are not the head of the final norm of the last state."""
+    row = int(rows[0]) // inputs["input_ids"].shape[1]
+    rows = rows[rows // inputs["input_ids"].shape[1] == row][:64]
+    mine = parts.logits(_pick(end, rows).to(_device_of(parts.norm))).double().cpu()
+    one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+    where = _device_of(parts.embedding)
+    one = {name: tensor.to(where) for name, tensor in one.items()}
+    theirs = model(**one, use_cache=False).logits
+    eps = torch.finfo(theirs.dtype).eps
+    theirs = theirs[0][(rows % inputs["input_ids"].shape[1]).to(theirs.device)].double().cpu()
+    gap = float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+    eps = max(eps, torch.finfo(end.dtype).eps)
+    if not gap <= 1e4 * eps if eps < 1e-5 else not gap <= 0.1:
+        raise ValueError(
+            f"{type(model).__name__} ({parts.family}) does something to its logits after the head "
+            f"that is not known here (they differ by {gap:.1%}): its layers cannot be decoded"
+        )

@@ -1,0 +1,339 @@
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from depthutil import models, trajectory
+
+SMALL = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {"num_key_value_heads": 1, "head_dim": 8}
+FAMILIES = {
+    "gpt2": {"n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32},
+    "gpt_neox": {},
+    "gpt_neox sequential": {"use_parallel_residual": False},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 16},
+    "llama": HEADS,
+    "mistral": HEADS,
+    "qwen2": HEADS,
+    "qwen3": HEADS,
+    "gemma": HEADS,
+    "gemma2": {**HEADS, "final_logit_softcapping": 0.5, "sliding_window": 8},
+    "gemma3_text": {**HEADS, "sliding_window": 8},
+    "olmo2": HEADS,
+    "phi": {},
+    "phi3": HEADS,
+    "smollm3": HEADS,
+}
+
+
+def config(family: str, **changes):
+    kind = family.split()[0]
+    if kind not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
+    changes = {**SMALL, **FAMILIES.get(family, {}), **changes}
+    return AutoConfig.for_model(kind, **changes)
+
+
+def build(family: str, **changes):
+    """A random model whose norms and biases are not the neutral ones of a fresh model."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(family, **changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def tokens(rows=2, length=12, seed=0):
+    return torch.randint(3, 40, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# Writes add up to states ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writes_sum_to_the_states_that_the_model_has(family):
+    model, ids = build(family), tokens()
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states
+        head = model(ids).logits
+    parts = models.anatomy(model)
+    assert parts.depth == 3
+    assert parts.parallel == (family in ("gpt_neox", "phi"))
+    # What is read before the final norm; the last entry has been through it.
+    theirs = torch.stack(hidden[:-1]).double()
+    for kind in ("sublayer", "block"):
+        states = trajectory.writes_of(model, ids, kind).cumsum(0)
+        states = states[:: 2 if kind == "sublayer" else 1]
+        assert states.shape == (4, 2, 12, 16)
+        assert (states[:-1] - theirs).abs().max() < 2e-6 * theirs.abs().max()
+        with torch.no_grad():
+            last = parts.norm(states[-1].float())
+            logits = parts.logits(states[-1].float())
+        assert (last - hidden[-1]).abs().max() < 1e-5 * hidden[-1].abs().max()
+        assert (logits - head).abs().max() < 1e-5 * head.abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "gemma2"])
+def test_sixteen_bits_and_a_bare_backbone_are_recorded_too(family):
+    half = build(family).to(torch.bfloat16)
+    trajectory.record(half, [tokens()], "sublayer")
+    backbone = AutoModel.from_config(config(family)).eval()
+    recorded = trajectory.record(backbone, [tokens()])
+    assert recorded.depth == 3
+    with pytest.raises(ValueError, match="no head"):
+        models.anatomy(backbone).logits(torch.zeros(1, 16))
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("falcon", {"num_kv_heads": 1}),
+        ("bloom", {"n_layer": 3, "n_head": 2}),
+        ("gpt_neo", {"num_layers": 3, "num_heads": 2, "attention_types": [[["global"], 3]]}),
+        ("stablelm", {"num_key_value_heads": 2}),
+    ],
+)
+def test_unknown_families_give_blocks_and_refuse_sublayers_by_name(family, changes):
+    model, ids = build(family, **changes), tokens()
+    assert models.anatomy(model).attention is None
+    states = trajectory.writes_of(model, ids).cumsum(0)
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True).hidden_states
+    theirs = torch.stack(hidden[:-1]).double()
+    assert (states[:-1] - theirs).abs().max() < 2e-6 * theirs.abs().max()
+    with pytest.raises(ValueError, match=rf"\({family}\) write is not known.*writes='block'"):
+        trajectory.record(model, [ids], "sublayer")
+
+
+# Never a silent wrong figure ------------------------------------------------------------
+
+
+def test_architectures_without_additive_blocks_are_refused_by_name():
+    post = build("opt", do_layer_norm_before=False)
+    with pytest.raises(ValueError, match="opt-350m"):
+        models.anatomy(post)
+    with pytest.raises(ValueError, match=r"T5.*has an encoder"):
+        models.anatomy(
+            AutoModel.from_config(
+                AutoConfig.for_model("t5", d_model=8, d_ff=8, num_layers=1, num_heads=1, d_kv=8)
+            )
+        )
+    first = AutoConfig.for_model("openai-gpt", vocab_size=40, n_embd=16, n_layer=3, n_head=2)
+    with pytest.raises(ValueError, match="no list of blocks with a norm after it"):
+        models.anatomy(AutoModelForCausalLM.from_config(first))
+    with pytest.raises(TypeError, match="not a Linear"):
+        models.anatomy(torch.nn.Linear(2, 2))
+
+
+class PostNorm(torch.nn.Module):
+    """An architecture nobody has heard of, whose blocks normalise the stream."""
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.write, self.norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+
+        def forward(self, hidden_states):
+            return self.norm(hidden_states + self.write(hidden_states))
+
+    def __init__(self):
+        super().__init__()
+        self.config = type("Config", (), {"model_type": "secret", "num_hidden_layers": 2})
+        self.embed, self.norm = torch.nn.Embedding(40, 8), torch.nn.LayerNorm(8)
+        self.layers = torch.nn.ModuleList([self.Block(), self.Block()])
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache):
+        states = self.embed(input_ids)
+        for block in self.layers:
+            states = block(states)
+        return self.norm(states)
+
+
+def test_a_post_norm_model_is_found_out_by_what_its_blocks_return():
+    model = PostNorm()
+    object.__setattr__(model, "base_model", model)
+    with pytest.raises(ValueError, match=r"PostNorm \(secret\).*normalise the stream itself"):
+        trajectory.record(model, [tokens()])
+
+
+@pytest.mark.parametrize("writes", ["block", "sublayer"])
+def test_writes_that_miss_the_state_are_refused(monkeypatch, writes):
+    # Granite multiplies what it adds: its sublayers' outputs are not its writes.
+    granite = build("granite", residual_multiplier=0.5, **HEADS)
+    assert models.anatomy(granite).attention is None
+    trajectory.record(granite, [tokens()])  # by blocks it is right
+    monkeypatch.setitem(models.FAMILIES, "granite", models.FAMILIES["llama"])
+    with pytest.raises(ValueError, match="block 1 what attention and MLP write misses"):
+        trajectory.record(granite, [tokens()], writes)
+    with pytest.raises(ValueError, match="does something to its logits"):
+        trajectory.decode_early(build("granite", logits_scaling=3.0, **HEADS), [tokens()])
+
+
+def test_a_block_that_runs_twice_is_refused():
+    model = build("llama")
+    model.model.layers[2] = model.model.layers[1]
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        trajectory.record(model, [tokens()])
+
+
+# Loading --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with its tokenizer, as the ladder's are kept."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    path = tmp_path_factory.mktemp("clone") / "models" / "tiny-3"
+    words = Tokenizer(WordLevel({"to": 0, "be": 1, "or": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = Whitespace()
+    build("llama").save_pretrained(path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+def test_load_a_folder_and_a_model_of_the_book_by_its_short_name(folder, monkeypatch, capfd):
+    model, tokenizer = models.load(folder, device="cpu")
+    assert not model.training and next(model.parameters()).dtype == torch.float32
+    assert tokenizer("to be")["input_ids"] == [0, 1]
+    monkeypatch.setattr(models.archive, "find", lambda name: folder.parent.parent / name)
+    assert models.available() == ["tiny-3"]
+    loaded = models.load("tiny-3", device="cpu", dtype="bfloat16")
+    assert next(loaded.model.parameters()).dtype == torch.bfloat16
+    assert capfd.readouterr().err == ""  # no progress bars in a chapter
+
+
+def test_load_says_what_is_wrong(folder, monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no .*config.json"):
+        models.load(tmp_path)
+    with pytest.raises(FileNotFoundError, match="holds no model"):
+        models.load("/no/such/folder")
+    with pytest.raises(ValueError, match="give one of the two"):
+        models.load(folder, device="cpu", device_map="auto")
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs accelerate"):
+        models.load(folder, device_map="auto")
+    with pytest.raises(ValueError, match="dtype is such as"):
+        models.load(folder, dtype="int8")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"depthutil\[models\]"):
+        models.load(folder)
+
+
+OFFLINE = """
+import time, warnings
+import transformers
+from depthutil import models
+warnings.simplefilter("error")
+begin = time.perf_counter()
+try:
+    models.load("nobody/absent")
+except FileNotFoundError as error:
+    print(error)
+print(time.perf_counter() - begin)
+model, tokenizer = models.load("nobody/cached", device="cpu")
+print(type(model).__name__, tokenizer("or be")["input_ids"], time.perf_counter() - begin)
+"""
+
+
+def test_without_a_network_load_fails_fast_and_reads_the_hubs_cache(folder, tmp_path):
+    cache = tmp_path / "hub" / "models--nobody--cached"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    (cache / "snapshots").mkdir()
+    os.symlink(folder, cache / "snapshots" / ("0" * 40))
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE],
+        env={**os.environ, **nowhere},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    said, seconds, loaded = done.stdout.splitlines()
+    assert said.startswith("'nobody/absent' is not on this machine") and "offline are" in said
+    assert float(seconds) < 10
+    name, *ids, later = loaded.replace("[", "").replace("]", "").replace(",", "").split()
+    assert (name, ids) == ("LlamaForCausalLM", ["2", "1"])
+    assert float(later) < 20
+
+
+@pytest.mark.parametrize(
+    "memory, capability, layers, spread, expected",
+    [
+        (16e9, (7, 5), 2, False, torch.float32),
+        (16e9, (7, 5), 2, True, torch.float16),
+        (1e4, (7, 5), 2, False, torch.float16),
+        (1e4, (8, 0), 2, False, torch.bfloat16),
+    ],
+)
+def test_precision_on_a_gpu(monkeypatch, memory, capability, layers, spread, expected):
+    card = type("Card", (), {"total_memory": memory})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    some = config("llama", num_hidden_layers=layers)
+    assert models._default_dtype(some, torch.device("cuda"), spread) == expected
+    assert models._default_dtype(some, torch.device("cpu"), spread) == torch.float32
+
+
+def test_parameters_are_counted_without_making_them():
+    some = config("llama")
+    assert models._parameters(some) == sum(
+        p.numel() for p in AutoModelForCausalLM.from_config(some).parameters()
+    )
+    large = config("llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80)
+    begin = time.perf_counter()
+    assert models._parameters(large) > 5e10
+    assert time.perf_counter() - begin < 10
+
+
+# Text -----------------------------------------------------------------------------------
+
+
+def test_batches_cut_fill_up_and_leave_out():
+    def letters(text):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    made = models.batches(letters, ["abcdef", "ab", "x", "abc"], length=4, size=2)
+    assert [tuple(batch["input_ids"].shape) for batch in made] == [(2, 4), (1, 3)]
+    assert made[0]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    with pytest.raises(ValueError, match="two tokens"):
+        models.batches(letters, ["x"])
+    with pytest.raises(TypeError, match="list of texts"):
+        models.batches(letters, "one text")
+    with pytest.raises(ValueError, match="length is at least 2"):
+        models.batches(letters, ["abc"], length=1)
+
+
+def test_importing_the_modules_needs_no_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from depthutil import models, trajectory\n"
+        "import json; print(json.dumps(models.available()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), list)
