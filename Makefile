@@ -1,8 +1,10 @@
 # `make` lists the targets. Everything is built in _build/, .executed/ and .venv/; `make clean` undoes it.
 .DEFAULT_GOAL := help
-.PHONY: help book test notebooks executed lint serve clean
+.PHONY: help book test notebooks executed ladder lint serve clean
 PYTHON ?= python3
 PORT ?= 8000
+LADDER ?= .ladder
+JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 BIN := .venv/bin
 export PYTHONDONTWRITEBYTECODE := 1
 # A chapter's time is what it takes on one core; several chapters run side by side.
@@ -24,6 +26,10 @@ notebooks: .venv/installed  ## export the chapters as notebooks to _build/notebo
 
 executed: .venv/installed  ## execute with nbmake the chapters whose inputs changed
 	$(BIN)/python tools/notebooks.py execute
+
+ladder: .venv/installed  ## train models/ again, in hours; goes on where it was stopped (JOBS=…, LADDER=folder)
+	$(BIN)/python tools/train_ladder.py run --folder $(LADDER) --jobs $(JOBS)
+	$(BIN)/python tools/train_ladder.py assemble --folder $(LADDER)
 
 lint: .venv/installed  ## check the code's style
 	$(BIN)/ruff check .

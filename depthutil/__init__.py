@@ -12,6 +12,14 @@ module          holds
 ``toy``         a grid of students trained at once to imitate deeper teachers
 ``toy_model``   their settings, networks and losses, plainly; ``toy`` shows them
                 too
+``kernels``     stacks of residual networks, forward and backward: in PyTorch
+                anywhere, in Triton on a GPU
+``models``      loading language models by name; where their blocks, sublayers,
+                norms and head are (needs the ``models`` extra)
+``trajectory``  what every layer writes, recorded over a corpus: norms, angles,
+                contributions and early decoding, with standard errors
+``ladder``      small language models of one width and several depths, their text
+                and their training (needs the ``models`` extra)
 ``explorer``    the law as a figure that the reader moves
 ``archive``     measurements that take longer than a chapter may: saved and
                 read with their provenance

@@ -9,6 +9,12 @@ different models. One process for each core is fastest.
     python tools/train_ladder.py run --folder /scratch/ladder --scale gpu
     python tools/train_ladder.py status --folder /scratch/ladder
     python tools/train_ladder.py assemble --folder /scratch/ladder
+
+A ladder that was trained otherwise adds its losses under a name of its own, for
+``depthutil.ladder.curves("short")``:
+
+    python tools/train_ladder.py run --folder /scratch/ladder --steps 1500
+    python tools/train_ladder.py assemble --folder /scratch/ladder --steps 1500 --losses short
 """
 
 from __future__ import annotations
@@ -105,9 +111,9 @@ def assemble(config: ladder.LadderConfig, found: dict, args, text: ladder.Corpus
         depths = sorted({model.settings["depth"] for model in done})
         tables = [search(config, depth, args.folder, options)[1] for depth in depths]
         searches = pd.concat(tables, ignore_index=True)
-    for path in ladder.assemble(
-        done, text, args.models, args.results, scale=scale, searches=searches
-    ):
+    about = {"scale": scale, "searches": searches, "label": args.losses or ""}
+    models = None if args.losses else args.models
+    for path in ladder.assemble(done, text, models, args.results, **about):
         print(path)
 
 
@@ -128,6 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--autocast", action="store_true", help="products in bfloat16")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("--text", type=Path, help="a folder instead of the standard library")
+    parser.add_argument("--losses", metavar="LABEL", help="assemble the losses alone, as LABEL")
     parser.add_argument("--models", type=Path, default=ROOT / "models")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     args = parser.parse_args(arguments)

@@ -1,0 +1,510 @@
+"""The settings of the depth ladder, its models and the trainer of one of them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthutil import _corpus, archive
+from depthutil._corpus import BOS, VOCABULARY, Corpus
+from depthutil.toy_model import _generator
+
+HEAD = 16  # channels of an attention head
+# To look at a GPU's loss is to wait for it: steps between looks.
+_WATCH = 50
+
+SCALES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "width": 32,
+        "depths": (1, 2, 4),
+        "seeds": (0,),
+        "sequence": 64,
+        "batch": 8,
+        "steps": 150,
+        "warmup": 20,
+        "test_every": 50,
+        "test_sequences": 64,
+        "final_sequences": 512,
+    },
+    "cpu": {},
+    "gpu": {
+        "width": 128,
+        "depths": (1, 2, 4, 8, 16, 32),
+        "seeds": (0, 1, 2),
+        "sequence": 256,
+        "batch": 64,
+        "steps": 8_000,
+        "learning_rates": (5e-4, 1e-3, 2e-3, 4e-3),
+        "search_steps": 1_000,
+    },
+    "gpu-wide": {
+        "width": 256,
+        "depths": (1, 2, 4, 8, 16, 32),
+        "seeds": (0, 1, 2),
+        "sequence": 256,
+        "batch": 128,
+        "steps": 16_000,
+        "learning_rates": (5e-4, 1e-3, 2e-3),
+        "search_steps": 1_000,
+    },
+}
+
+
+@dataclass(frozen=True)
+class LadderConfig:
+    """Every setting of a ladder. :meth:`at` has those of the book.
+
+    Parameters
+    ----------
+    width : int
+        Size ``m`` of the residual stream, a multiple of 16: heads have 16 channels each.
+    depths : sequence of int
+        Numbers of layers.
+    seeds : sequence of int
+        Each seeds initial weights and the order of the text, the same for every depth.
+    sequence : int
+        Bytes predicted in a sequence. Each begins with the token that the tokenizer sets before
+        every text, so that a piece from anywhere in a document reads like those in training.
+    batch, steps : int
+        Sequences a step; steps of AdamW.
+    learning_rates : sequence of float
+        The peak of the learning rate. Of several, :func:`best_rate` chooses one for each depth.
+    search_steps : int
+        Steps with each rate that is tried; not used for a single one.
+    warmup : int
+        Steps over which the rate rises; it then falls to zero along a cosine.
+    weight_decay : float
+        AdamW's, on matrices; the gains of the norms have none.
+    init_gain : float
+        All initial matrices have the standard deviation ``init_gain / √width``, at every
+        depth: a model starts from the same layers as a deeper one, and only training makes the
+        updates of deeper models smaller. (GPT-2's 0.02 is 0.55/√768; of 0.16, 0.4 and 0.8,
+        0.4 had the lowest loss after 600 steps at width 64, depth 4.)
+    test_every, test_sequences : int
+        Steps between tests, and held-out sequences in each, the same ones every time.
+    final_sequences : int, optional
+        Held-out sequences in the last test; all by default.
+    scale : str
+        What to call the size of this run in captions.
+
+    Raises
+    ------
+    ValueError
+        If a setting makes no sense, in one sentence.
+
+    Examples
+    --------
+    >>> config = LadderConfig()
+    >>> config.tokens, config.parameters(1), config.parameters(16) - config.parameters(15)
+    (12288000, 83264, 50304)
+    """
+
+    width: int = 64
+    depths: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
+    seeds: tuple[int, ...] = (0, 1)
+    sequence: int = 128
+    batch: int = 16
+    steps: int = 6_000
+    learning_rates: tuple[float, ...] = (3e-3,)
+    search_steps: int = 600
+    warmup: int = 100
+    weight_decay: float = 0.1
+    init_gain: float = 0.4
+    test_every: int = 500
+    test_sequences: int = 256
+    final_sequences: int | None = None
+    scale: str = "custom"
+
+    def __post_init__(self):
+        for name in ("depths", "seeds", "learning_rates"):
+            value, kind = getattr(self, name), float if name == "learning_rates" else int
+            try:
+                entries = tuple(kind(entry) for entry in value)
+                same = entries == tuple(value) and not isinstance(value, str)
+            except (TypeError, ValueError):
+                same = False
+            if not same:
+                what = "numbers" if kind is float else "whole numbers"
+                raise ValueError(f"{name} is a sequence of {what}, not {value!r}")
+            if not entries or len(set(entries)) < len(entries):
+                raise ValueError(f"{name} lists each value once, and at least one, not {value!r}")
+            object.__setattr__(self, name, entries)
+        counts = ("width", "sequence", "batch", "steps", "search_steps", "test_every")
+        for name in (*counts, "test_sequences", "final_sequences"):
+            value = getattr(self, name)
+            if name == "final_sequences" and value is None:
+                continue
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is a whole number of at least 1, not {value!r}")
+            object.__setattr__(self, name, int(value))
+        for name in ("warmup", "weight_decay", "init_gain"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise ValueError(f"{name} is a number of at least 0, not {value!r}")
+        if self.width % HEAD:
+            raise ValueError(f"width is a multiple of {HEAD}, not {self.width}")
+        if min(self.depths) < 1 or min(self.seeds) < 0:
+            raise ValueError("depths are at least 1, and seeds are not negative")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates are positive, not {self.learning_rates}")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup is less than the {self.steps:,} steps, not {self.warmup}")
+        if len(self.learning_rates) > 1 and self.warmup >= self.search_steps:
+            raise ValueError(f"search_steps are more than the warmup of {self.warmup}")
+
+    @classmethod
+    def at(cls, scale: str = "cpu", **changes: Any) -> LadderConfig:
+        """The settings of a scale.
+
+        Parameters
+        ----------
+        scale : str
+            ``"demo"``, seconds, too little for depth to matter. ``"cpu"``: width 64,
+            depths 1 to 16, 12.3 million tokens, hours of a core. ``"gpu"``: width 128, depths
+            to 32, 20 tokens for each parameter of the deepest, three seeds, learning rate
+            chosen for each depth. ``"gpu-wide"``: width 256. The library is 9.7 million
+            bytes, so that these two read it 13 and 54 times: compare training and held-out
+            loss, or give :func:`corpus` a larger folder.
+        **changes
+            Settings to change; ``config.scale`` then names them.
+
+        Examples
+        --------
+        >>> LadderConfig.at("cpu", seeds=(0,)).scale
+        'cpu, with other seeds'
+        >>> gpu = LadderConfig.at("gpu")
+        >>> gpu.tokens / gpu.parameters(32) > 20
+        True
+        """
+        if scale not in SCALES:
+            raise ValueError(f"there is no scale {scale!r}: choose from {', '.join(SCALES)}")
+        label = scale + (f", with other {', '.join(changes)}" if changes else "")
+        return cls(**{**SCALES[scale], "scale": label, **changes})
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size of an MLP, which is 8/3 of the width as in Llama, rounded up to 16ths.
+
+        A layer then has about the ``12 m²`` parameters that laws of scaling count.
+        """
+        return 16 * math.ceil(self.width / 6)
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of the initial matrices."""
+        return self.init_gain / math.sqrt(self.width)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that each model is trained to predict."""
+        return self.steps * self.batch * self.sequence
+
+    def parameters(self, depth: int) -> int:
+        """Number of parameters of a model; embedding and head are separate matrices."""
+        m = self.width
+        layer = 4 * m * m + 3 * m * self.hidden + 2 * m
+        return depth * layer + 2 * VOCABULARY * m + m
+
+    def rate(self, peak: float, step: int) -> float:
+        """Learning rate of the update that follows ``step`` updates."""
+        if step < self.warmup:
+            return peak * (step + 1) / self.warmup
+        part = (step - self.warmup) / (self.steps - self.warmup)
+        return peak * 0.5 * (1 + math.cos(math.pi * part))
+
+    def name(self, depth: int, seed: int) -> str:
+        """What a model is called, in ``models/`` and by ``depthutil.models.load``.
+
+        Examples
+        --------
+        >>> LadderConfig().name(depth=8, seed=0)
+        'ladder-w64-d08-s0'
+        """
+        return f"ladder-w{self.width}-d{depth:02d}-s{seed}"
+
+
+class Shard(NamedTuple):
+    """One model of a ladder."""
+
+    depth: int
+    seed: int
+
+
+def shards(config: LadderConfig) -> list[Shard]:
+    """The models in the order in which to train them, so that to stop early still pays.
+
+    Seed by seed, since one seed is a ladder; the cheapest and the dearest depths take turns.
+
+    Examples
+    --------
+    >>> [shard.depth for shard in shards(LadderConfig(seeds=(0,)))]
+    [1, 16, 2, 12, 3, 8, 4, 6]
+    """
+    depths = sorted(config.depths)
+    turns = [depths[-1 - i // 2] if i % 2 else depths[i // 2] for i in range(len(depths))]
+    return [Shard(depth, seed) for seed in config.seeds for depth in turns]
+
+
+def slug(config: LadderConfig, depth: int, seed: int) -> str:
+    """A file name for a model's checkpoint: the same settings, the same name.
+
+    Examples
+    --------
+    >>> slug(LadderConfig(), 8, 0)
+    'ladder-w64-d08-s0_...'
+    """
+    digest = hashlib.sha256(json.dumps(recipe(config), sort_keys=True).encode()).hexdigest()
+    return f"{config.name(depth, seed)}_{digest[:12]}"
+
+
+def recipe(config: LadderConfig) -> dict[str, Any]:
+    """What one model's training depends on, as JSON holds it."""
+    other = {"depths", "seeds", "scale", "learning_rates", "search_steps"}
+    return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in other}))
+
+
+# The models -----------------------------------------------------------------------------
+
+
+def new_model(config: LadderConfig, depth: int, seed: int) -> Any:
+    """A model to train. Each matrix is drawn by its own name: depth changes none of them."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ImportError(
+            "the depth ladder needs transformers: pip install 'depthutil[models]'"
+        ) from error
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=config.width,
+            intermediate_size=config.hidden,
+            num_hidden_layers=depth,
+            num_attention_heads=config.width // HEAD,
+            num_key_value_heads=config.width // HEAD,
+            max_position_embeddings=config.sequence,
+            tie_word_embeddings=False,
+            bos_token_id=BOS,
+            eos_token_id=BOS,
+        )
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2:
+                weight.normal_(0, config.init_std, generator=_generator("ladder", seed, name))
+    return model
+
+
+def _loss(hidden: Tensor, head: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+    logits = F.linear(hidden, head).float()
+    return F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction=reduction)
+
+
+class Trainer:
+    """One model and everything a checkpoint has to hold."""
+
+    def __init__(
+        self,
+        config: LadderConfig,
+        depth: int,
+        seed: int,
+        rate: float,
+        text: Corpus,
+        device: torch.device,
+        compiled: bool,
+        autocast: bool,
+    ):
+        self.config, self.shard, self.peak = config, Shard(depth, seed), rate
+        self.text, self.device, self.compiled = text, device, compiled
+        self.step, self.seconds, self.records, self.final = 0, 0.0, [], []
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.machine, self.commit = machine(device), archive._commit()
+        self.batch = _corpus.Windows(text.training, config.sequence, config.batch, seed)
+        self.model = new_model(config, depth, seed).to(device)
+        weights = list(self.model.parameters())
+        groups = [
+            {"params": [w for w in weights if w.dim() == 2], "weight_decay": config.weight_decay},
+            {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.weights = weights
+        # One pass over the weights instead of a dozen; PyTorch before 2.4 has it on GPUs only.
+        fused = {"fused": True} if device.type == "cuda" or torch.__version__ >= "2.4" else {}
+        self.adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), **fused)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
+        self.tail = _loss
+        if compiled:
+            # Block by block, so that one compilation, of seconds, serves every block and depth.
+            for block in self.model.model.layers:
+                block.compile(dynamic=False)
+            self.tail = torch.compile(_loss, dynamic=False)
+
+    def advance(self) -> None:
+        """One step of AdamW and, where it is time, a test."""
+        rows = torch.from_numpy(self.batch(self.step)).to(self.device)
+        loss = self.loss(rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = self.config.rate(self.peak, self.step)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        self.total += loss.detach()
+        self.step += 1
+        due = self.step % self.config.test_every == 0 or self.step == self.config.steps
+        if due or self.device.type == "cpu" or self.step % _WATCH == 0:
+            self.check()
+        if due:
+            self.test()
+
+    def loss(self, rows: Tensor, reduction: str = "mean") -> Tensor:
+        with self.autocast:
+            ids = rows[:, :-1].clamp(min=0)  # what lies behind a text's end is not scored
+            hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+            return self.tail(hidden, self.model.lm_head.weight, rows[:, 1:], reduction)
+
+    def check(self) -> None:
+        if not torch.isfinite(self.total):
+            depth, seed = self.shard
+            raise FloatingPointError(
+                f"the loss of depth {depth}, seed {seed} is no number any more at step "
+                f"{self.step:,}: lower the learning rate of {self.peak:g}"
+            )
+
+    @torch.no_grad()
+    def score(self, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Summed loss and number of bytes of every document, or of some sequences of it."""
+        rows, owners = _corpus.pieces(self.text.held_out, self.config.sequence)
+        if count is not None:  # the same ones each time, from all documents
+            chosen = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+            rows, owners = rows[chosen], owners[chosen]
+        sums = np.zeros(len(self.text.held_out))
+        size = max(self.config.batch, 32)
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            # One shape of batch, which is compiled once; rows of −100 are not scored.
+            full = np.full((size, part.shape[1]), -100)
+            full[: len(part)] = part
+            each = self.loss(torch.from_numpy(full).to(self.device), "none")
+            each = each.view(len(full), -1).double().sum(1).cpu().numpy()
+            np.add.at(sums, owners[start : start + len(part)], each[: len(part)])
+        sizes = np.zeros(len(sums))
+        np.add.at(sizes, owners, (rows[:, 1:] >= 0).sum(1))
+        return sums, sizes
+
+    def test(self) -> None:
+        since = self.records[-1][0] if self.records else 0
+        last = self.step == self.config.steps
+        sums, sizes = self.score(
+            self.config.final_sequences if last else self.config.test_sequences
+        )
+        if last:
+            self.final = np.stack([sums, sizes], 1).tolist()
+        trained = self.total.item() / (self.step - since)
+        self.records.append([self.step, trained, *mean_loss(sums, sizes)])
+        self.total.zero_()
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, all of it or nothing."""
+        self.check()
+        state = {
+            "settings": self.settings(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "records": self.records,
+            "final": self.final,
+            "total": self.total,
+            "compiled": self.compiled,
+            "device": self.machine,
+            "commit": self.commit,
+            "weights": self.model.state_dict(),
+            "adam": self.adam.state_dict(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        _write(path, buffer.getbuffer())
+
+    def settings(self) -> dict[str, Any]:
+        depth, seed = self.shard
+        own = {"depth": depth, "seed": seed, "learning_rate": self.peak}
+        return recipe(self.config) | own | {"corpus": self.text.summary}
+
+    def load(self, path: Path, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, if it belongs to these settings and this text."""
+        ours, saved = self.settings(), state["settings"]
+        other = [key for key in ours if saved.get(key) != ours[key]]
+        if other == ["corpus"]:
+            raise ValueError(
+                f"{path} was trained on the {saved['corpus']['source']}, and this is the "
+                f"{self.text.source} with other files: go on with that Python, or remove it"
+            )
+        if other:
+            raise ValueError(
+                f"{path} belongs to a model with other {', '.join(other)}: remove it, or name "
+                "another folder"
+            )
+        self.model.load_state_dict(state["weights"])
+        self.adam.load_state_dict(state["adam"])
+        self.total.copy_(state["total"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.records, self.final = state["records"], state["final"]
+
+
+def mean_loss(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
+    """Loss per byte, and its standard error over documents of different lengths."""
+    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
+    mean = sums.sum() / sizes.sum()
+    n = len(sums)
+    if n < 2:
+        return float(mean), math.nan
+    spread = math.sqrt(n / (n - 1) * np.sum((sums - mean * sizes) ** 2))
+    return float(mean), float(spread / sizes.sum())
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["settings"]["depth"]
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint of depthutil.ladder: remove it to begin again"
+        ) from error
+    return state
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def compiler() -> bool:
+    """Whether PyTorch can compile for this CPU."""
+    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
