@@ -75,7 +75,7 @@ def assemble(config: toy.ToyConfig, results: dict[int, toy.ToyResult], output: P
     c, total = result.config, len(toy.shards(config))
     scale = (
         f"width {c.width}, teacher of {c.teacher_depth} layers, batch {c.batch}, "
-        f"{c.steps:,} steps, {len(c.teachers)} teachers, {len(c.temperatures)} temperatures"
+        f"{c.steps:,} steps, teachers {list(c.teachers)}, {len(c.temperatures)} temperatures"
         + (f"; {len(done)} of {total} parts of the grid" if len(done) < total else "")
     )
     print(f"{result.save(output, scale)}: {len(result.losses)} rows; {scale}")

@@ -274,7 +274,7 @@ def measure_finished(folder: Path) -> None:
                 config=configs,
                 seeds={"teachers": teachers},
                 scale=f"width {shard.width}, batch {shard.batch}, up to "
-                f"{max(m[1].steps for m in members):,} steps, {len(teachers)} teachers, "
+                f"{max(m[1].steps for m in members):,} steps, teachers {teachers}, "
                 "measured after training",
                 wall_seconds=time.perf_counter() - begin,
             )
