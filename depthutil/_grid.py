@@ -5,12 +5,10 @@ How a stack of networks is computed is known to ``depthutil.kernels`` alone.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import math
 import os
-import platform
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from depthutil import archive
 from depthutil.kernels import Memory, Stack
 from depthutil.toy_model import (
     GRID,
@@ -295,7 +294,6 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Write a checkpoint, all of it or nothing."""
         self.check()
-        buffer = io.BytesIO()
         state = {
             "config": json.dumps(asdict(self.config)),
             "step": self.step,
@@ -305,16 +303,8 @@ class Trainer:
             "weights": [group.trained for group in self.groups],
             "adam": [group.adam.state_dict() for group in self.groups],
         }
-        torch.save(state, buffer)
-        partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
-        try:
-            with partial.open("wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with archive.replacing(path) as partial:
+            torch.save(state, partial)
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint, if it belongs to this configuration."""

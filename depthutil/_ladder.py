@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthutil import _corpus, archive
+from depthutil import _checks, _corpus, archive
 from depthutil._corpus import BOS, VOCABULARY, Corpus
 from depthutil.toy_model import _generator
 
@@ -129,27 +128,12 @@ class LadderConfig:
     scale: str = "custom"
 
     def __post_init__(self):
-        for name in ("depths", "seeds", "learning_rates"):
-            value, kind = getattr(self, name), float if name == "learning_rates" else int
-            try:
-                entries = tuple(kind(entry) for entry in value)
-                same = entries == tuple(value) and not isinstance(value, str)
-            except (TypeError, ValueError):
-                same = False
-            if not same:
-                what = "numbers" if kind is float else "whole numbers"
-                raise ValueError(f"{name} is a sequence of {what}, not {value!r}")
-            if not entries or len(set(entries)) < len(entries):
-                raise ValueError(f"{name} lists each value once, and at least one, not {value!r}")
-            object.__setattr__(self, name, entries)
-        counts = ("width", "sequence", "batch", "steps", "search_steps", "test_every")
-        for name in (*counts, "test_sequences", "final_sequences"):
-            value = getattr(self, name)
-            if name == "final_sequences" and value is None:
-                continue
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number of at least 1, not {value!r}")
-            object.__setattr__(self, name, int(value))
+        _checks.sequences(self, ("depths", "seeds"), int)
+        _checks.sequences(self, ("learning_rates",), float)
+        sizes = ("width", "sequence", "batch", "steps", "search_steps", "test_every")
+        _checks.counts(self, (*sizes, "test_sequences"))
+        if self.final_sequences is not None:
+            _checks.counts(self, ("final_sequences",))
         for name in ("warmup", "weight_decay", "init_gain"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
@@ -432,9 +416,8 @@ class Trainer:
             "weights": self.model.state_dict(),
             "adam": self.adam.state_dict(),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        _write(path, buffer.getbuffer())
+        with archive.replacing(path) as partial:
+            torch.save(state, partial)
 
     def settings(self) -> dict[str, Any]:
         depth, seed = self.shard
@@ -471,19 +454,6 @@ def mean_loss(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
         return float(mean), math.nan
     spread = math.sqrt(n / (n - 1) * np.sum((sums - mean * sizes) ** 2))
     return float(mean), float(spread / sizes.sum())
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Any]:

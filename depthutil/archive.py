@@ -11,7 +11,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +59,46 @@ def find(name: str) -> Path:
         f"{name!r} is neither at {places[0]} nor at {places[1]}: "
         "reinstall depthutil from a complete clone, or run the code that makes it"
     )
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A place to write a file or a folder, which takes the place of ``path`` in the end.
+
+    Whoever reads ``path`` meanwhile, or after a crash, finds the old one whole, or nothing.
+    Where the block fails, nothing stays. Processes on several machines may write the same
+    file; the last one wins.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with replacing(Path(folder) / "new" / "a.txt") as partial:
+    ...         _ = partial.write_text("whole")
+    ...     print((Path(folder) / "new" / "a.txt").read_text())
+    whole
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
+    old = partial.with_name(partial.name + ".old")
+    try:
+        yield partial
+        if partial.is_dir():
+            if path.exists():  # a folder cannot be put in the place of one that is not empty
+                os.replace(path, old)
+        else:
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())  # the content before the name, on every file system
+        os.replace(partial, path)
+    finally:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        for rest in (partial, old):
+            if rest.is_dir():
+                shutil.rmtree(rest, ignore_errors=True)
+            else:
+                rest.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -155,13 +198,8 @@ def save(
     table = table.replace_schema_metadata(
         {**(table.schema.metadata or {}), _KEY: json.dumps(provenance).encode()}
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

@@ -6,7 +6,7 @@ are ``LlamaForCausalLM`` of ``transformers`` (Touvron et al., arXiv 2302.13971: 
 blocks, rotary positions, SwiGLU), with bytes as tokens, trained on what every machine with
 Python has: :func:`corpus`.
 
-:func:`names`, :func:`held_out`, :func:`curves` and :func:`documents` read the ladder that comes
+:func:`members`, :func:`held_out`, :func:`curves` and :func:`documents` read the ladder that comes
 with the book, ``depthutil.models.load`` loads its models; ``make ladder`` trains it
 again, through :func:`train` and :func:`assemble`. Training needs the ``models`` extra.
 """
@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, _ladder, archive
+from depthutil import _grid, _ladder, archive, models
 from depthutil._corpus import BOS, VOCABULARY, Corpus, Document, corpus, write_tokenizer
 from depthutil._ladder import LadderConfig, Shard, shards, slug
 
@@ -49,7 +49,7 @@ __all__ = [
     "curves",
     "documents",
     "held_out",
-    "names",
+    "members",
     "shards",
     "slug",
     "train",
@@ -355,10 +355,8 @@ class LadderModel:
         import safetensors.torch
 
         path = Path(folder) / self.name
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
-        try:
-            partial.mkdir(parents=True)
+        with archive.replacing(path) as partial:
+            partial.mkdir()
             # Versions of transformers before 5 know base and precision by these names.
             config = json.loads(self.model.config.to_json_string())
             config |= {"architectures": [type(self.model).__name__], "rope_theta": 10000.0}
@@ -368,12 +366,6 @@ class LadderModel:
             (partial / "model.safetensors").write_bytes(weights)
             write_tokenizer(partial, self.settings["sequence"])
             (partial / "README.md").write_text(self.card())
-            if path.exists():
-                os.replace(path, old)
-            os.replace(partial, path)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
         return path
 
     def card(self) -> str:
@@ -529,19 +521,23 @@ def assemble(
 # The ladder that comes with the book ----------------------------------------------------
 
 
-def names() -> list[str]:
+def members() -> pd.DataFrame:
     """The ladder's models that are here, for ``depthutil.models.load``.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``name, width, depth, seed``, in this order of importance; empty if there is no model.
 
     Examples
     --------
-    >>> all(name.startswith("ladder-") for name in names())
-    True
+    >>> members().columns.tolist()
+    ['name', 'width', 'depth', 'seed']
     """
-    try:
-        folder = archive.find("models")
-    except FileNotFoundError:
-        return []
-    return sorted(path.parent.name for path in folder.glob("ladder-*/config.json"))
+    found = [re.fullmatch(r"ladder-w(\d+)-d(\d+)-s(\d+)", name) for name in models.available()]
+    rows = [(match[0], *map(int, match.groups())) for match in found if match]
+    table = pd.DataFrame(rows, columns=["name", "width", "depth", "seed"])
+    return table.sort_values(["width", "depth", "seed"], ignore_index=True)
 
 
 def held_out(

@@ -328,20 +328,20 @@ def _folder(name_or_path: str | os.PathLike) -> Path | None:
     raise FileNotFoundError(f"{path} holds no model: there is no {path / 'config.json'}")
 
 
-def _hub_has(name: str, revision: str | None) -> bool:
+def _hub_has(name: str, revision: str | None, kind: str = "model") -> bool:
     """Whether the hub can be reached; asked once, because transformers would ask for minutes."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        HfApi().model_info(name, revision=revision, timeout=5)
+        HfApi().repo_info(name, revision=revision, repo_type=kind, timeout=5)
     except HFValidationError as error:
         raise ValueError(f"{name!r} is neither a folder nor a name on the hub") from error
     except HfHubHTTPError as error:
         code = getattr(error.response, "status_code", None)
         if code in (401, 403, 404):
             raise ValueError(
-                f"the hub has no model {name!r} (revision {revision or 'main'}), or asks you to "
+                f"the hub has no {kind} {name!r} (revision {revision or 'main'}), or asks you to "
                 "log in and accept its terms first: huggingface-cli login"
             ) from error
         return False
@@ -398,6 +398,95 @@ def _quiet(transformers: ModuleType):
 
 
 # Text -----------------------------------------------------------------------------------
+
+HELD_OUT = "held-out"
+#: The part of a data set that is streamed, where the whole is too large to be listed.
+SUBSETS = {"HuggingFaceFW/fineweb": "sample-10BT"}
+
+
+def texts(
+    model: str | os.PathLike, count: int = 128, *, source: str | None = None, length: int = 128
+) -> list[str]:
+    """Texts to record a model on.
+
+    Parameters
+    ----------
+    model : str or path
+        As :func:`load` takes it. It decides where texts are from if ``source`` does not.
+    count : int
+        How many; fewer where there are no more.
+    source : str, optional
+        ``"held-out"``: text that the book's models have not seen, from Python's own library,
+        cut to pieces (``ladder.held_out``). Or a folder of text files, or a data set with a
+        column ``text`` on the Hugging Face hub, which is streamed. By default
+        ``"held-out"`` for the models of :func:`available`, and for others the web pages of
+        ``"HuggingFaceFW/fineweb"``, as in arXiv 2602.05970, appendix A.
+    length : int
+        Longest piece of held-out text, in tokens of the book's models. Pieces are taken evenly
+        from all documents; those of one document are not quite independent. Other
+        sources give whole documents, which :func:`batches` cuts.
+
+    Returns
+    -------
+    list of str
+
+    Raises
+    ------
+    ConnectionError
+        If the hub cannot be reached.
+    ImportError
+        If a data set is asked for and ``datasets`` is not installed.
+    ValueError
+        If the data set does not exist or has no column ``text``, or a number is too small.
+
+    Examples
+    --------
+    >>> [len(text) for text in texts("ladder-w64-d16-s0", 2, source="held-out", length=64)]
+    [63, 63]
+    """
+    if count < 1:
+        raise ValueError(f"count is at least 1, not {count!r}")
+    if source is None:
+        source = HELD_OUT if str(model) in available() else "HuggingFaceFW/fineweb"
+    if source == HELD_OUT:
+        return _held_out(count, length)
+    return _streamed(source, count)
+
+
+def _held_out(count: int, length: int) -> list[str]:
+    from depthutil import ladder
+
+    documents = len(ladder.held_out())
+    pieces = ladder.held_out(length=length, per_document=-(-count // documents))
+    step = max(len(pieces) / count, 1)
+    return [pieces[int(i * step)] for i in range(min(count, len(pieces)))]
+
+
+def _streamed(source: str, count: int) -> list[str]:
+    """The first documents of a data set, without what comes after them."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"texts of {source!r} are streamed with datasets: pip install datasets, or take "
+            f"source={HELD_OUT!r}"
+        ) from error
+    local = Path(source).is_dir()
+    if local and not any(Path(source).iterdir()):
+        raise ValueError(f"the folder {source} is empty: put text files there")
+    if not local and not _hub_has(source, None, kind="dataset"):
+        raise ConnectionError(
+            f"the Hugging Face hub cannot be reached, so that {source!r} cannot be streamed: "
+            f"source={HELD_OUT!r} needs no network"
+        )
+    options = {"sample_by": "document"} if local else {"name": SUBSETS.get(source)}
+    stream = datasets.load_dataset(source, split="train", streaming=True, **options)
+    result = []
+    for row in stream.take(count):
+        if "text" not in row:
+            raise ValueError(f"{source!r} has no column 'text', but {sorted(row)}")
+        result.append(row["text"])
+    return result
 
 
 def batches(

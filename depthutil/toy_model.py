@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from depthutil import _checks
+
 #: What names a student; with ``step`` and ``loss``, the columns of ``ToyResult.losses``.
 GRID = ("teacher", "rho", "temperature", "depth", "seed")
 
@@ -156,25 +158,10 @@ class ToyConfig:
     scale: str = "custom"
 
     def __post_init__(self):
-        for name in ("depths", "rhos", "teachers", "seeds", "temperatures"):
-            value, kind = getattr(self, name), float if name in ("rhos", "temperatures") else int
-            try:
-                entries = tuple(kind(entry) for entry in value)
-                same = entries == tuple(value) and not isinstance(value, str)
-            except (TypeError, ValueError):
-                same = False
-            if not same:
-                what = "numbers" if kind is float else "whole numbers"
-                raise ValueError(f"{name} is a sequence of {what}, not {value!r}")
-            if not entries or len(set(entries)) < len(entries):
-                raise ValueError(f"{name} lists each value once, and at least one, not {value!r}")
-            object.__setattr__(self, name, entries)
+        _checks.sequences(self, ("depths", "teachers", "seeds"), int)
+        _checks.sequences(self, ("rhos", "temperatures"), float)
         sizes = ("width", "expansion", "vocabulary", "teacher_depth", "steps", "batch")
-        for name in (*sizes, "test_every", "test_batches"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number of at least 1, not {value!r}")
-            object.__setattr__(self, name, int(value))
+        _checks.counts(self, (*sizes, "test_every", "test_batches"))
         for name in ("learning_rate", "depth_factor"):
             value = getattr(self, name)
             if name == "depth_factor" and value is None:

@@ -32,7 +32,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import models, signatures
+from depthutil import archive, models, signatures
 
 #: Each statistic of :meth:`Trajectory.table`, and the layer its first entry belongs to.
 STATISTICS = {
@@ -1332,13 +1332,8 @@ def _chain(digest: str, ids: Tensor, keep: Tensor) -> str:
 
 
 def _save(path: Path, identity: str, digest: str, sums: _Sums) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            np.savez(file, identity=identity, digest=digest, **sums.state())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with archive.replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, identity=identity, digest=digest, **sums.state())
 
 
 def _resume(path: Path, identity: str, sums: _Sums) -> tuple[int, str]:

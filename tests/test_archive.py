@@ -106,3 +106,21 @@ def test_other_formats_are_refused(tmp_path):
 def test_every_archived_run_is_whole():
     for path in archive.find("results").rglob("*.parquet"):
         assert len(archive.load(path).frame), path
+
+
+def test_a_folder_is_replaced_whole_and_a_failure_leaves_the_old_one(tmp_path):
+    target = tmp_path / "model"
+    for word in ("old", "new"):
+        with archive.replacing(target) as partial:
+            partial.mkdir()
+            (partial / f"{word}.txt").write_text(word)
+    assert [path.name for path in target.iterdir()] == ["new.txt"]
+    with pytest.raises(OSError, match="disk"), archive.replacing(target) as partial:
+        partial.mkdir()
+        (partial / "half.txt").write_text("half")
+        raise OSError("disk full")
+    with pytest.raises(OSError, match="disk"), archive.replacing(tmp_path / "file") as partial:
+        partial.write_text("half")
+        raise OSError("disk full")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in target.iterdir()] == ["new.txt"]

@@ -382,7 +382,7 @@ def test_a_saved_model_loads_by_name_and_is_the_one_that_was_trained(
     (tmp_path / "models").mkdir()
     monkeypatch.setattr(archive, "_PACKAGE", tmp_path / "depthutil")
     path = trained.save(tmp_path / "models")
-    assert path.name == "ladder-w16-d02-s0" and ladder.names() == [path.name]
+    assert path.name == "ladder-w16-d02-s0" and ladder.members()["name"].tolist() == [path.name]
     assert trained.save(tmp_path / "models") == path  # once more, over the old one
     assert sorted(p.name for p in path.parent.iterdir()) == [path.name]
     model, tokenizer = models.load(path.name, device="cpu")
@@ -507,7 +507,7 @@ def test_held_out_text_is_whole_and_cut_as_asked():
 
 def test_without_a_ladder_one_sentence_says_how_to_make_it(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "_PACKAGE", tmp_path / "depthutil")
-    assert ladder.names() == []
+    assert len(ladder.members()) == 0
     for call in (ladder.curves, ladder.documents):
         with pytest.raises(FileNotFoundError, match="no depth ladder here yet: make ladder trains"):
             call()
@@ -516,13 +516,13 @@ def test_without_a_ladder_one_sentence_says_how_to_make_it(tmp_path, monkeypatch
 def test_the_models_that_are_here_are_whole_and_small():
     folder = archive.find("models")
     assert sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) < 40e6
-    for name in ladder.names():
+    for name in ladder.members()["name"]:
         files = {p.name for p in (folder / name).iterdir()}
         assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= files
-    if ladder.names():
+    if len(ladder.members()):
         losses = ladder.curves().frame
         assert {f"d{d:02d}-s{s}" for d, s in zip(losses.depth, losses.seed, strict=True)} == {
-            name.split("-", 2)[2] for name in ladder.names()
+            name.split("-", 2)[2] for name in ladder.members()["name"]
         }
 
 

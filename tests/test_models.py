@@ -328,6 +328,61 @@ def test_batches_cut_fill_up_and_leave_out():
         models.batches(letters, ["abc"], length=1)
 
 
+def test_held_out_texts_are_pieces_of_all_documents():
+    from depthutil import ladder
+
+    documents = ladder.held_out()
+    pieces = models.texts("any", 2 * len(documents), source="held-out", length=32)
+    assert len(pieces) == len(set(pieces)) == 2 * len(documents)
+    assert max(len(piece.encode()) for piece in pieces) == 31
+    origin = [next(i for i, text in enumerate(documents) if piece in text) for piece in pieces]
+    assert len(set(origin)) > 0.9 * len(documents)  # a piece may also stand in another file
+    few = models.texts("any", 5, source="held-out", length=32)
+    assert len(few) == 5 and set(few) <= set(ladder.held_out(length=32))
+    with pytest.raises(ValueError, match="count is at least 1, not 0"):
+        models.texts("any", 0)
+
+
+def test_the_books_models_get_held_out_text_and_others_are_streamed(folder, monkeypatch):
+    monkeypatch.setattr(models, "available", lambda: ["ours"])
+    monkeypatch.setattr(models, "_streamed", lambda source, count: [source, count])
+    assert models.texts("nobody/theirs", 3) == ["HuggingFaceFW/fineweb", 3]
+    assert models.texts("ours", 3) == models.texts("nobody/theirs", 3, source="held-out")
+
+
+def test_texts_are_streamed_from_a_folder_as_from_the_hub(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "a.txt").write_text("two\nlines")
+    (tmp_path / "b.txt").write_text("second")
+    assert models.texts("any", 1, source=str(tmp_path)) == ["two\nlines"]
+    assert models.texts("any", 9, source=str(tmp_path)) == ["two\nlines", "second"]
+    asked = []
+
+    def load_dataset(path, **options):
+        asked.append((path, options))
+        rows = [{"body": "x"}] if path == "nobody/odd" else [{"text": str(i)} for i in range(9)]
+        return datasets.IterableDataset.from_generator(lambda: iter(rows))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(models, "_hub_has", lambda name, revision, kind: True)
+    assert models.texts("nobody/theirs", 2) == ["0", "1"]
+    options = {"split": "train", "streaming": True, "name": "sample-10BT"}
+    assert asked == [("HuggingFaceFW/fineweb", options)]
+    with pytest.raises(ValueError, match=r"no column 'text', but \['body'\]"):
+        models.texts("any", 2, source="nobody/odd")
+
+
+def test_texts_say_what_is_missing(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="is empty: put text files there"):
+        models.texts("any", 2, source=str(tmp_path))
+    monkeypatch.setattr(models, "_hub_has", lambda name, revision, kind: False)
+    with pytest.raises(ConnectionError, match="cannot be streamed: source='held-out' needs no"):
+        models.texts("nobody/theirs", 2)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match="pip install datasets"):
+        models.texts("nobody/theirs", 2)
+
+
 def test_importing_the_modules_needs_no_transformers():
     code = (
         "import sys; sys.modules['transformers'] = None\n"

@@ -8,6 +8,7 @@ import textwrap
 import venv
 from pathlib import Path
 
+import nbformat
 import notebooks
 import pytest
 from conftest import ROOT
@@ -68,6 +69,25 @@ def test_a_chapter_depends_on_the_modules_it_uses_and_on_no_others():
     assert notebooks.modules("from depthutil import scaling") == {"scaling", "_solver"}
     assert "signatures" in notebooks.modules("import depthutil.regimes as r")
     assert notebooks.modules("import torch") == set()
+
+
+def test_a_chapter_that_may_load_a_model_is_run_again_when_a_model_changes(monkeypatch, tmp_path):
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    monkeypatch.setattr(notebooks, "EXPORTED", tmp_path)
+    (tmp_path / "constraints.txt").write_text("")
+    for module in ("__init__", "models", "trajectory", "scaling"):
+        (tmp_path / "depthutil" / f"{module}.py").parent.mkdir(exist_ok=True)
+        (tmp_path / "depthutil" / f"{module}.py").write_text("")
+    (tmp_path / "depthutil" / "trajectory.py").write_text("from depthutil import models")
+    for name, module in {"language": "trajectory", "other": "scaling"}.items():
+        cell = nbformat.v4.new_code_cell(f"from depthutil import {module}")
+        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / f"{name}.ipynb")
+    for path in ("models/one/config.json", "results/ladder_losses.parquet"):
+        before = {name: notebooks.inputs(name) for name in ("language", "other")}
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("new")
+        after = {name: notebooks.inputs(name) for name in ("language", "other")}
+        assert before["language"] != after["language"] and before["other"] == after["other"]
 
 
 def test_repository_comes_from_the_environment_or_the_remote(monkeypatch, tmp_path):

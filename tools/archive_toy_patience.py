@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,9 +56,8 @@ def leave(source: Path, config: toy.ToyConfig, target: Path) -> None:
     """Let a checkpoint of the trunk be one of a branch."""
     state = torch.load(source, weights_only=True)
     state |= {"config": json.dumps(asdict(config)), "records": []}
-    partial = target.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, target)
+    with archive.replacing(target) as partial:
+        torch.save(state, partial)
 
 
 def run(folder: Path, wanted: list[int] | None) -> None:

@@ -389,7 +389,8 @@ def inputs(name: str) -> str:
     """A fingerprint of all that a chapter's outputs depend on.
 
     That is its exported notebook, the modules of depthutil that it uses, the data they carry, the
-    archived results that the notebook names, and the pinned versions.
+    archived results that the notebook names, the language models if it may load one, and the
+    pinned versions.
     """
     notebook = EXPORTED / f"{name}.ipynb"
     code = "\n".join(
@@ -401,8 +402,11 @@ def inputs(name: str) -> str:
     files = [ROOT / "constraints.txt", *(ROOT / "depthutil" / f"{m}.py" for m in used)]
     files += [path for path in (ROOT / "depthutil" / "data").rglob("*") if path.is_file()]
     files += [path for path in (ROOT / "results").rglob("*") if path.name in code]
+    if "models" in used:
+        files += [path for path in (ROOT / "models").rglob("*") if path.is_file()]
+        files += (ROOT / "results").glob("ladder_*.parquet")
     digest = hashlib.sha256(notebook.read_bytes())
-    for path in sorted(files):
+    for path in sorted(set(files)):
         digest.update(str(path.relative_to(ROOT)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
