@@ -117,7 +117,7 @@ def _citations(path: Path) -> dict[str, tuple[str, str, str]]:
 
     citations = {}
     for key, entry in parse_file(str(path)).entries.items():
-        names = [" ".join(p.last_names) or str(p) for p in entry.persons["author"]]
+        names = [" ".join(p.last_names).strip("{}") or str(p) for p in entry.persons["author"]]
         several = len(names) > 2 or "others" in names
         authors = f"{names[0]} et al." if several else " and ".join(names)
         citations[key] = (authors, entry.fields["year"], entry.fields.get("url", ""))
