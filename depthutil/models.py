@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,7 +300,10 @@ def load(
 
 def _transformers() -> ModuleType:
     try:
-        import transformers
+        with warnings.catch_warnings():
+            # In a notebook without ipywidgets tqdm says that its bars will be plain ones.
+            warnings.filterwarnings("ignore", message="IProgress not found")
+            import transformers
     except ImportError as error:
         raise ImportError(
             "language models need transformers: pip install 'depthutil[models]'"
