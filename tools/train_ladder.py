@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", default="cpu", help="demo, cpu, gpu or gpu-wide")
     parser.add_argument("--depths", type=int, nargs="+", help="instead of the scale's")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the scale's")
+    parser.add_argument("--width", type=int, help="instead of the scale's")
     parser.add_argument("--steps", type=int, help="instead of the scale's")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
     parser.add_argument("--shards", type=int, nargs="*", help="numbers of models; all by default")
@@ -140,7 +141,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     given = {"depths": args.depths, "seeds": args.seeds, "learning_rates": args.rates}
     changes = {name: tuple(value) for name, value in given.items() if value is not None}
-    changes |= {} if args.steps is None else {"steps": args.steps}
+    whole = {"width": args.width, "steps": args.steps}
+    changes |= {name: value for name, value in whole.items() if value is not None}
     try:
         config = ladder.LadderConfig.at(args.scale, **changes)
         if args.action == "run" and args.jobs > 1:
