@@ -1239,7 +1239,7 @@ def _inputs(batch: Any, mask: Any, number: int) -> tuple[dict[str, Tensor], Tens
         keep = torch.as_tensor(mask(ids, real)).bool().cpu()
         if keep.shape != ids.shape:
             raise ValueError(f"mask returned shape {tuple(keep.shape)}, not {tuple(ids.shape)}")
-        keep &= real
+        keep = keep & real
     elif mask == "all":
         keep = real
     else:
