@@ -226,6 +226,70 @@ def pieces(documents: Iterable[Document], sequence: int) -> tuple[np.ndarray, np
     return np.stack(rows), np.array(owners)
 
 
+def held_out(
+    n_documents: int | None = None, length: int | None = None, per_document: int = 1
+) -> list[str]:
+    """Text that no model of the ladder has seen, from the Python that runs this.
+
+    The same files are held out in every version of Python, though what is in them changes a
+    little from one to the next. The models' cards and ``curves().provenance`` have the SHA-256
+    of the text that their losses belong to; compare it with ``corpus().summary``.
+
+    Parameters
+    ----------
+    n_documents : int, optional
+        How many documents; all by default. They come in an order by which the first ones are
+        a random sample.
+    length : int, optional
+        Longest text in tokens, with the one that begins it; whole documents by default.
+    per_document : int
+        Pieces of this length from each document, evenly spread, from its beginning on; fewer
+        from a document that is too short.
+
+    Returns
+    -------
+    list of str
+        The pieces of the first document, then those of the second, and so on.
+
+    Raises
+    ------
+    FileNotFoundError
+        If Python came without its library's source.
+    ValueError
+        If a number is too small.
+
+    Examples
+    --------
+    >>> texts = held_out(n_documents=3, length=128)
+    >>> len(texts), max(len(text.encode()) for text in texts)
+    (3, 127)
+    """
+    for name, value, least in (
+        ("n_documents", n_documents, 1),
+        ("length", length, 2),
+        ("per_document", per_document, 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is at least {least}, not {value!r}")
+    if per_document > 1 and length is None:
+        raise ValueError(f"per_document={per_document} needs a length to cut at")
+    documents = sorted(
+        corpus().held_out, key=lambda d: hashlib.sha256(f"order {d.path}".encode()).digest()
+    )
+    texts = [document.text for document in documents[:n_documents]]
+    if length is None:
+        return texts
+    return [piece for text in texts for piece in _cut(text, length - 1, per_document)]
+
+
+def _cut(text: str, size: int, count: int) -> list[str]:
+    content = text.encode()
+    count = max(1, min(count, len(content) // size))
+    starts = np.linspace(0, max(len(content) - size, 0), count).astype(int)
+    # A character of several bytes that a cut divides is left out.
+    return [content[start : start + size].decode(errors="ignore") for start in starts]
+
+
 def _alphabet() -> dict[str, int]:
     """How the ``tokenizers`` library writes bytes: printable ones as they are, others moved."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]

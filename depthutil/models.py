@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from depthutil import archive
+from depthutil import _corpus, archive
 
 #: For each ``model_type``, where in the backbone the blocks are, which two modules of a block
 #: write to the stream, and where the final norm is.
@@ -458,10 +458,8 @@ def texts(
 
 
 def _held_out(count: int, length: int) -> list[str]:
-    from depthutil import ladder
-
-    documents = len(ladder.held_out())
-    pieces = ladder.held_out(length=length, per_document=-(-count // documents))
+    documents = len(_corpus.held_out())
+    pieces = _corpus.held_out(length=length, per_document=-(-count // documents))
     step = max(len(pieces) / count, 1)
     return [pieces[int(i * step)] for i in range(min(count, len(pieces)))]
 
