@@ -7,8 +7,11 @@ module          holds
                 intervals, comparison of laws, optimal shape (needs no torch)
 ``regimes``     three ways to use depth as minimal simulations, built and
                 learned, and the exponent of loss against depth
-``signatures``  what hidden states say: the Gram matrix of updates, and the
-                diagnostic that tells the three ways apart
+``gram``        the Gram matrix of one token's writes, and every norm, angle and
+                cosine read off it
+``moments``     means over tokens, with errors over documents
+``signatures``  what hidden states say: the diagnostic that tells the three ways
+                apart
 ``toy``         a grid of students trained at once to imitate deeper teachers
 ``toy_model``   their settings, networks and losses, plainly; ``toy`` shows them
                 too

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthutil import _checks, _corpus, archive
+from depthutil import _checks, _corpus, archive, moments
 from depthutil._corpus import BOS, VOCABULARY, Corpus
 from depthutil.toy_model import _generator
 
@@ -397,7 +397,7 @@ class Trainer:
         if last:
             self.final = np.stack([sums, sizes], 1).tolist()
         trained = self.total.item() / (self.step - since)
-        self.records.append([self.step, trained, *mean_loss(sums, sizes)])
+        self.records.append([self.step, trained, *moments.of_totals(sums, sizes)])
         self.total.zero_()
 
     def save(self, path: Path) -> None:
@@ -443,17 +443,6 @@ class Trainer:
         self.total.copy_(state["total"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.records, self.final = state["records"], state["final"]
-
-
-def mean_loss(sums: np.ndarray, sizes: np.ndarray) -> tuple[float, float]:
-    """Loss per byte, and its standard error over documents of different lengths."""
-    sums, sizes = sums[sizes > 0], sizes[sizes > 0]
-    mean = sums.sum() / sizes.sum()
-    n = len(sums)
-    if n < 2:
-        return float(mean), math.nan
-    spread = math.sqrt(n / (n - 1) * np.sum((sums - mean * sizes) ** 2))
-    return float(mean), float(spread / sizes.sum())
 
 
 def read(path: Path) -> dict[str, Any]:

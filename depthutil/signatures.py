@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from depthutil.gram import of_states as gram
+
 #: What :func:`diagnose` compares the signature with; see there.
 THRESHOLDS = {
     "depth": 6,  # layers
@@ -122,50 +124,6 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return "\n".join([self.regime, *(f"  - {reason}" for reason in self.reasons)])
-
-
-def gram(states: Any) -> np.ndarray:
-    """Inner products of everything written to each input's stream.
-
-    For ``U = [h_0, Δ_1, …, Δ_ℓ]`` this is ``U Uᵀ``. States are partial sums of writes, so
-    every length and angle of the trajectory follows from it, at any width.
-
-    Parameters
-    ----------
-    states : array
-        Residual stream, ``(depth + 1, inputs, width)``; a NumPy array or a torch tensor.
-
-    Returns
-    -------
-    numpy.ndarray
-        ``(inputs, depth + 1, depth + 1)``, in double precision.
-
-    Raises
-    ------
-    ValueError
-        If the shape is not that of states, or a state is not finite.
-
-    Examples
-    --------
-    >>> states = np.array([[[1.0, 0.0]], [[1.0, 2.0]], [[4.0, 2.0]]])
-    >>> gram(states)[0]
-    array([[1., 0., 3.],
-           [0., 4., 0.],
-           [3., 0., 9.]])
-    """
-    if hasattr(states, "detach"):  # a torch tensor, of any precision, anywhere
-        states = states.detach().cpu().double().numpy()
-    states = np.asarray(states, dtype=float)
-    if states.ndim != 3 or states.shape[0] < 2 or 0 in states.shape:
-        raise ValueError(
-            "states must be an array (depth + 1, inputs, width) with at least one layer, "
-            f"not of shape {states.shape}: for one input, use states[:, None, :]"
-        )
-    if not np.isfinite(states).all():
-        bad = int(np.argmax(~np.isfinite(states).all(axis=(1, 2))))
-        raise ValueError(f"states[{bad}] holds numbers that are not finite: leave those inputs out")
-    writes = np.concatenate([states[:1], np.diff(states, axis=0)]).transpose(1, 0, 2)
-    return writes @ writes.transpose(0, 2, 1)
 
 
 def signature(states: Any = None, *, gram_matrix: np.ndarray | None = None) -> Signature:

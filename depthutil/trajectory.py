@@ -32,227 +32,16 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import archive, models, signatures
-
-#: Each statistic of :meth:`Trajectory.table`, and the layer its first entry belongs to.
-STATISTICS = {
-    "norms": 0,
-    "angles": 0,
-    "update_norms": 1,
-    "update_angles": 1,
-    "update_cosines": 1,
-    "angle_to_end": 0,
-    "projections": 0,
-    "block_influence": 1,
-    "contributions.block": 1,
-    "contributions.attention": 1,
-    "contributions.mlp": 1,
-    "cosines.block": 1,
-    "cosines.attention": 1,
-    "cosines.mlp": 1,
-    "last_angle_after_norm": None,  # the last layer
-    "null_angles": 1,
-    "null_cosines": 1,
-}
+from depthutil import archive, models
+from depthutil.gram import STATISTICS, of_blocks, of_states, ratio, statistics
+from depthutil.moments import Moments, tally
 
 _PER_TOKEN = ("norms", "angles", "update_angles")
 _STACK_BYTES = {"cpu": 4e6, "cuda": 256e6}  # of writes multiplied at a time: a cache, a GPU
 _GROUP = {"cpu": 512, "cuda": 4096}  # tokens whose Gram matrices are evaluated at a time
 
 
-# The geometry of one token --------------------------------------------------------------
-
-
-def _angle(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
-    """Angle of two vectors from their inner products; not a number where one is zero."""
-    across = (xx * yy - xy * xy).clamp(min=0).sqrt()
-    return torch.where((xx > 0) & (yy > 0), torch.atan2(across, xy), torch.nan)
-
-
-def _turn(h2: Tensor, d2: Tensor, hd: Tensor, to2: Tensor) -> Tensor:
-    """Angle between ``h`` and ``h + d``, from squares and ``h·d``.
-
-    The triangle of ``h``, ``d`` and ``h + d`` has one area, twice of which is the
-    cross product of any two sides; from the two shortest it loses the fewest digits.
-    """
-    without_sum = h2 * d2 - hd * hd
-    without_d = h2 * to2 - (h2 + hd) ** 2
-    without_h = d2 * to2 - (d2 + hd) ** 2
-    across = torch.where(d2 >= to2, without_d, without_sum)
-    across = torch.where((h2 >= d2) & (h2 >= to2), without_h, across)
-    angle = torch.atan2(across.clamp(min=0).sqrt(), h2 + hd)
-    return torch.where((h2 > 0) & (to2 > 0), angle, torch.nan)
-
-
-def _over(above: Tensor, below: Tensor) -> Tensor:
-    return torch.where(below > 0, above / below, torch.nan)
-
-
-def _blocks(gram: Tensor) -> Tensor:
-    """Gram matrix of whole blocks' writes, from that of the writes of their two sublayers."""
-    rows = torch.cat([gram[:, :1], gram[:, 1::2] + gram[:, 2::2]], 1)
-    return torch.cat([rows[:, :, :1], rows[:, :, 1::2] + rows[:, :, 2::2]], 2)
-
-
-def _along(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each write: its square, its product with the stream before it, that stream's square.
-
-    The last is one entry longer: it ends with the last state's.
-    """
-    square = gram.diagonal(dim1=1, dim2=2)
-    along = gram.tril(-1).sum(2)  # the stream is the sum of what was written before
-    # ‖h + w‖² = ‖h‖² + 2 h·w + ‖w‖²
-    return square[:, 1:], along[:, 1:], (square + 2 * along).cumsum(1).clamp(min=0)
-
-
-def _to_end(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Of what is written after each state: its square, and its product with that state."""
-    square = gram.diagonal(dim1=1, dim2=2)
-    later = gram.triu(1).sum(2)
-    rest = (square + 2 * later)[:, 1:].flip(1).cumsum(1).flip(1)
-    # From one state to the next, a write moves from the rest to the state.
-    product = (later - gram.tril(-1).sum(2)).cumsum(1)
-    return torch.cat([rest, torch.zeros_like(rest[:, :1])], 1), product
-
-
-def _statistics(
-    gram: Tensor, sublayers: bool, parallel: bool, normed: bool
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Everything that is averaged, token by token.
-
-    ``gram`` is ``(tokens, writes + 1, writes + 1)``, with one more row and column for the
-    normed last state if ``normed``. Returns statistics ``(tokens, entries)`` by name, and angles
-    and cosines of all pairs of updates, ``(tokens, 2 · pairs)``.
-    """
-    if normed:
-        after, gram = gram[:, -1], gram[:, :-1, :-1]
-    whole = _blocks(gram) if sublayers else gram
-    u2, uh, h2 = _along(whole)
-    before = h2[:, :-1]
-    angles = _turn(before, u2, uh, h2[:, 1:])
-    moved = whole[:, 1:, 1:].sum(2).cumsum(1)  # (h_l − h_0)·(h_ℓ − h_0)
-    moved = torch.cat([torch.zeros_like(moved[:, :1]), moved], 1)
-    values = {
-        "norms": h2.sqrt(),
-        "angles": angles,
-        "update_norms": u2.sqrt(),
-        "angle_to_end": _turn(h2, *_to_end(whole), h2[:, -1:]),
-        "projections": _over(moved, moved[:, -1:]),
-        "block_influence": 2 * torch.sin(angles / 2) ** 2,  # 1 − cos, to all digits
-        "contributions.block": _over(u2, before).sqrt(),
-        "cosines.block": _over(uh, (u2 * before).sqrt()),
-    }
-    if sublayers:
-        values |= _of_sublayers(gram, parallel)
-    i, j = torch.triu_indices(u2.shape[1], u2.shape[1], 1, device=gram.device)
-    xx, yy, xy = u2[:, i], u2[:, j], whole[:, i + 1, j + 1]
-    pairs = torch.cat([_angle(xx, yy, xy), _over(xy, (xx * yy).sqrt())], 1)
-    near = torch.nonzero(j == i + 1).squeeze(1)
-    values["update_angles"] = pairs[:, near]
-    values["update_cosines"] = pairs[:, near + len(i)]
-    if normed:
-        before_last = after[:, : -3 if sublayers else -2].sum(1)
-        angle = _angle(h2[:, -2], after[:, -1], before_last)
-        values["last_angle_after_norm"] = angle[:, None]
-    return values, pairs
-
-
-def _of_sublayers(gram: Tensor, parallel: bool) -> dict[str, Tensor]:
-    """Sizes and cosines of attention and MLP writes against the stream they are added to."""
-    square, along, stream = _along(gram)
-    parts = {
-        "attention": (square[:, 0::2], along[:, 0::2], stream[:, 0:-1:2]),
-        "mlp": (square[:, 1::2], along[:, 1::2], stream[:, 1::2]),
-    }
-    if parallel:  # both are added to the block's input
-        both = gram.diagonal(-1, dim1=1, dim2=2)[:, 1::2]
-        parts["mlp"] = (square[:, 1::2], along[:, 1::2] - both, stream[:, 0:-1:2])
-    values = {}
-    for name, (w2, wh, h2) in parts.items():
-        values[f"contributions.{name}"] = _over(w2, h2).sqrt()
-        values[f"cosines.{name}"] = _over(wh, (w2 * h2).sqrt())
-    return values
-
-
 # Sums over tokens and documents -----------------------------------------------------------
-
-
-class _Moments:
-    """Sums from which come means over tokens and their standard errors over documents.
-
-    The error of a mean over tokens whose documents are independent needs, of each document,
-    only its count ``n`` and its total ``s``, summed as ``n nᵀ``, ``n sᵀ`` and ``s sᵀ``.
-    With ``joint``, as matrices over all entries, which the error of a mean over layers needs.
-    """
-
-    names = ("documents", "n", "s", "squares", "shift", "nn", "ns", "ss")
-
-    def __init__(self, size: int, joint: bool):
-        self.joint = joint
-        for name in self.names[:5]:
-            setattr(self, name, np.zeros(size))
-        shape = (size, size) if joint else (size,)
-        self.nn, self.ns, self.ss = (np.zeros(shape) for _ in range(3))
-
-    def add(self, n: np.ndarray, s: np.ndarray, squares: np.ndarray) -> None:
-        """Add documents: counts and totals ``(documents, entries)``."""
-        self.documents += (n > 0).sum(0)
-        self.n += n.sum(0)
-        self.s += s.sum(0)
-        self.squares += squares
-        if self.joint:
-            self.nn += n.T @ n
-            self.ns += n.T @ s
-            self.ss += s.T @ s
-        else:
-            self.nn += (n * n).sum(0)
-            self.ns += (n * s).sum(0)
-            self.ss += (s * s).sum(0)
-
-    def _relative(self) -> np.ndarray:
-        return np.divide(self.s, self.n, out=np.full_like(self.s, np.nan), where=self.n > 0)
-
-    def mean(self) -> np.ndarray:
-        return self._relative() + self.shift
-
-    def std(self) -> np.ndarray:
-        """Standard deviation over tokens."""
-        spread = self.squares - self.n * self._relative() ** 2
-        out = np.full_like(spread, np.nan)
-        np.divide(np.maximum(spread, 0), self.n - 1, out=out, where=self.n > 1)
-        return np.sqrt(out)
-
-    def stderr(self) -> np.ndarray:
-        """Standard errors of the means; not a number with a single document."""
-        m = self._relative()
-        nn, ns, ss = (np.diag(a) if self.joint else a for a in (self.nn, self.ns, self.ss))
-        rest = np.maximum(ss - 2 * m * ns + m * m * nn, 0) * self.documents
-        below = self.n**2 * (self.documents - 1)
-        out = np.full_like(rest, np.nan)
-        return np.sqrt(np.divide(rest, below, out=out, where=below > 0))
-
-    def stderr_of_average(self, entries: np.ndarray) -> float:
-        """Standard error of the mean over some entries, which vary together."""
-        documents = self.documents[entries].min()
-        if documents < 2:
-            return math.nan
-        at, m, n = np.ix_(entries, entries), self._relative()[entries], self.n[entries]
-        ns = m[:, None] * self.ns[at]  # m_i n_i s_j, summed over documents
-        rest = self.ss[at] - ns - ns.T + np.outer(m, m) * self.nn[at]
-        mean = (rest / np.outer(n, n)).sum() / len(entries) ** 2
-        return math.sqrt(max(mean, 0) * documents / (documents - 1))
-
-
-def _totals(part: Tensor, inside: Tensor) -> list[Tensor]:
-    """Counts and totals ``(documents, entries)`` and sums of squares, passing over nan."""
-    total = inside @ part
-    if torch.isfinite(total).all():
-        count = inside.sum(1, keepdim=True).expand_as(total)
-    else:
-        there = torch.isfinite(part)
-        part = torch.where(there, part, 0)
-        count, total = inside @ there.to(part.dtype), inside @ part
-    return [count, total, (part * part).sum(0)]
 
 
 class _Sums:
@@ -285,8 +74,8 @@ class _Sums:
         start = 0
         for gram, null in groups:
             stop = start + len(gram)
-            values, pairs = _statistics(
-                gram, *(self.settings[name] for name in ("sublayers", "parallel", "normed"))
+            values, pairs = statistics(
+                gram, **{n: self.settings[n] for n in ("sublayers", "parallel", "normed")}
             )
             if null is not None:
                 values["null_cosines"] = null
@@ -297,7 +86,7 @@ class _Sums:
             inside = inside.to(gram.dtype)
             new = [gram[:, : len(self.gram), : len(self.gram)].sum(0)]
             for part, moments in zip(parts, (self.vectors, self.pairs), strict=True):
-                new += _totals(part - torch.as_tensor(moments.shift, device=device), inside)
+                new += tally(part - torch.as_tensor(moments.shift, device=device), inside)
             totals = new if totals is None else [a + b for a, b in zip(totals, new, strict=True)]
             hit = (chosen >= start) & (chosen < stop)
             picked = torch.as_tensor(chosen[hit] - start, device=device)
@@ -334,8 +123,8 @@ class _Sums:
         self.layout = {
             name: (int(a), int(b)) for name, a, b in zip(values, starts, ends, strict=True)
         }
-        self.vectors = _Moments(parts[0].shape[1], joint=True)
-        self.pairs = _Moments(parts[1].shape[1], joint=False)
+        self.vectors = Moments(parts[0].shape[1], joint=True)
+        self.pairs = Moments(parts[1].shape[1], joint=False)
         for part, moments in zip(parts, (self.vectors, self.pairs), strict=True):
             moments.shift = torch.nan_to_num(part.nanmean(0)).cpu().numpy()
 
@@ -368,7 +157,7 @@ class _Sums:
         for part in ("vectors", "pairs"):
             moments = getattr(self, part)
             if moments is not None:
-                arrays |= {f"{part}.{name}": getattr(moments, name) for name in _Moments.names}
+                arrays |= {f"{part}.{name}": getattr(moments, name) for name in Moments.names}
         arrays |= {f"kept.{name}": np.concatenate(parts) for name, parts in self.kept.items()}
         counts = {n: getattr(self, n) for n in ("tokens", "documents", "batches", "layout")}
         arrays["counts"] = np.array(json.dumps(counts))
@@ -383,8 +172,8 @@ class _Sums:
         self.layout = {name: tuple(ends) for name, ends in self.layout.items()}
         for part, joint in (("vectors", True), ("pairs", False)):
             if f"{part}.n" in arrays:
-                moments = _Moments(len(arrays[f"{part}.n"]), joint)
-                for name in _Moments.names:
+                moments = Moments(len(arrays[f"{part}.n"]), joint)
+                for name in Moments.names:
                     setattr(moments, name, arrays[f"{part}.{name}"])
                 setattr(self, part, moments)
         kept = [name for name in arrays if name.startswith("kept.")]
@@ -461,9 +250,9 @@ class Trajectory:
         [0.7854, 0.7854]
         """
         if len(getattr(states, "shape", ())) != 3:
-            signatures.gram(states)  # says what is wrong
+            of_states(states)  # says what is wrong
         parts = (
-            torch.from_numpy(signatures.gram(states[:, i : i + _GROUP["cpu"]]))
+            torch.from_numpy(of_states(states[:, i : i + _GROUP["cpu"]]))
             for i in range(0, max(states.shape[1], 1), _GROUP["cpu"])
         )
         settings = _settings(states.shape[0] - 1, per_token=per_token, sample=sample)
@@ -663,7 +452,7 @@ class Trajectory:
             raise ValueError(f"blocks are numbered 1 to {self.depth}, not {first} to {last}")
         whole = self._sums.sampled
         if self.writes == "sublayer":
-            whole = _blocks(torch.from_numpy(whole)).numpy()
+            whole = of_blocks(torch.from_numpy(whole)).numpy()
         whole = whole[:, : last + 1, : last + 1]
         result = whole[:, first - 1 :, first - 1 :].copy()
         result[:, 0, 1:] = result[:, 1:, 0] = whole[:, :first, first:].sum(1)
@@ -720,7 +509,7 @@ class Trajectory:
         return table[["layer", "part", "mean", "stderr", "std"]]
 
 
-def _frame(layers: np.ndarray, moments: _Moments, at: Any) -> pd.DataFrame:
+def _frame(layers: np.ndarray, moments: Moments, at: Any) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "layer": layers,
@@ -1007,7 +796,7 @@ def _across_tokens(mine: Tensor, theirs: Tensor, stack: _Stack) -> Tensor:
     if stack.sublayers:
         mine, theirs = mine[:, 0::2] + mine[:, 1::2], theirs[:, 0::2] + theirs[:, 1::2]
     mine, theirs = mine[:, :-1], theirs[:, 1:]
-    return _over((mine * theirs).sum(2), mine.norm(dim=2) * theirs.norm(dim=2))
+    return ratio((mine * theirs).sum(2), mine.norm(dim=2) * theirs.norm(dim=2))
 
 
 def _as_slice(rows: Tensor) -> Tensor | slice:
@@ -1424,7 +1213,7 @@ def decode_early(
     parts = models.anatomy(model)
     batches = [_inputs(batch, mask, number) for number, batch in enumerate(batches)]
     chosen, there = _spread(batches, documents)
-    moments = _Moments(parts.depth + (0 if through_last else 1), joint=False)
+    moments = Moments(parts.depth + (0 if through_last else 1), joint=False)
     report = _Progress(progress, len(chosen), 0)
     tokens = count = 0
     with _evaluating(model):

@@ -242,17 +242,6 @@ def test_the_last_loss_is_that_of_the_model_on_every_held_out_byte(trained, text
     np.testing.assert_allclose(trained.documents["loss"], np.divide(sums, sizes), rtol=1e-5)
 
 
-def test_the_standard_error_is_that_of_drawing_documents():
-    random = np.random.default_rng(0)
-    sizes = random.integers(100, 5_000, 40).astype(float)
-    sums = sizes * random.normal(1.5, 0.2, 40)
-    mean, stderr = _ladder.mean_loss(sums, sizes)
-    draws = random.integers(40, size=(4_000, 40))
-    means = sums[draws].sum(1) / sizes[draws].sum(1)
-    assert mean == pytest.approx(sums.sum() / sizes.sum())
-    assert stderr == pytest.approx(means.std(), rel=0.1)
-
-
 def test_a_killed_run_goes_on_to_the_same_bits(folder, text, tmp_path):
     checkpoint = tmp_path / "run.pt"
     code = f"""

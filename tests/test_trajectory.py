@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from test_models import build, tokens
 
+from depthutil import gram as gram_of
 from depthutil import signatures, trajectory
 from depthutil.trajectory import Trajectory
 
@@ -57,7 +58,7 @@ def plainly(writes, sublayers=False, parallel=False):
 def recorded(writes, sublayers=False, parallel=False):
     stack = writes.double().transpose(0, 1)
     gram = stack @ stack.transpose(1, 2)
-    return trajectory._statistics(gram, sublayers, parallel, normed=False)[0]
+    return gram_of.statistics(gram, sublayers=sublayers, parallel=parallel)[0]
 
 
 def worst(mine, theirs, names):
@@ -109,7 +110,7 @@ def test_single_precision_products_would_not_do():
     writes = massive(torch.cat([random[:1], 1e-3 * random[1:]]))
     stack = writes.transpose(0, 1)
     gram = (stack @ stack.transpose(1, 2)).double()
-    single = trajectory._statistics(gram, False, False, normed=False)[0]
+    single = gram_of.statistics(gram)[0]
     assert worst(single, plainly(writes), ANGLES) > 1e-3
     assert worst(recorded(writes), plainly(writes), ANGLES) < 1e-9
 
