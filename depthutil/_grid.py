@@ -10,8 +10,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -352,19 +352,6 @@ def by_student(trainer: Trainer) -> dict[tuple, tuple[Tensor, ...]]:
             head = None if trainer.config.head == "none" else group.head[i].cpu().clone()
             found[tuple(student.values())] = (*weights, head)
     return found
-
-
-@contextmanager
-def cpu(threads: int | None) -> Iterator[None]:
-    """Set the number of threads; count numbers below 1e-38 as zero, which costs 100 times less."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-        torch.set_num_threads(before)
 
 
 def stream(device: torch.device) -> AbstractContextManager:

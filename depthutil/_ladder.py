@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthutil import _checks, _corpus, archive, moments
+from depthutil import _checks, _corpus, _runs, archive, moments
 from depthutil._corpus import BOS, VOCABULARY, Corpus
-from depthutil.toy_model import _generator
 
 HEAD = 16  # channels of an attention head
 # To look at a GPU's loss is to wait for it: steps between looks.
@@ -288,7 +287,7 @@ def new_model(config: LadderConfig, depth: int, seed: int) -> Any:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() == 2:
-                weight.normal_(0, config.init_std, generator=_generator("ladder", seed, name))
+                weight.normal_(0, config.init_std, generator=_runs.generator("ladder", seed, name))
     return model
 
 
@@ -399,6 +398,10 @@ class Trainer:
         trained = self.total.item() / (self.step - since)
         self.records.append([self.step, trained, *moments.of_totals(sums, sizes)])
         self.total.zero_()
+
+    def tell(self) -> str:
+        """What its progress says beside the step."""
+        return f"held-out loss {self.records[-1][2]:.3f}" if self.records else ""
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, all of it or nothing."""

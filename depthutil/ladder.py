@@ -17,8 +17,6 @@ import json
 import math
 import os
 import re
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -30,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, _ladder, archive, models
+from depthutil import _ladder, _runs, archive, models
 from depthutil._corpus import (
     BOS,
     VOCABULARY,
@@ -154,7 +152,7 @@ def train(
         compiled = state["compiled"]
     if compiled is None:
         compiled = config.steps >= _COMPILE_STEPS and (device.type == "cuda" or _ladder.compiler())
-    with _grid.cpu(threads):
+    with _runs.cpu(threads):
         options = (text or corpus(), device, compiled, autocast)
         trainer = _ladder.Trainer(config, depth, seed, rate, *options)
         if state is not None:
@@ -164,32 +162,16 @@ def train(
 
 
 def _run(trainer: _ladder.Trainer, path: Path | None, every: float, progress: Any) -> None:
-    earlier, first, steps = trainer.seconds, trainer.step, trainer.config.steps
-    begin = saved = told = time.perf_counter()
+    earlier, steps, saved = trainer.seconds, trainer.config.steps, 0.0
+    of = f"depth {trainer.shard.depth}, seed {trainer.shard.seed}: step"
+    report = _runs.Progress(progress, steps, trainer.step, of=of, first=False)
     while trainer.step < steps:
         trainer.advance()
-        now = time.perf_counter()
-        trainer.seconds = earlier + now - begin
-        if trainer.step == first + 1:  # has compiled, which says nothing of the steps to come
-            each, warm = now - begin, now
-        else:
-            each = (now - warm) / (trainer.step - first - 1)
-        left = each * (steps - trainer.step)
-        done = trainer.step == steps
-        if callable(progress):
-            progress(trainer.step, steps, left)
-        elif progress and (done or (now - told > 10 and trainer.step > first + 1)):
-            told = now
-            tell = f", held-out loss {trainer.records[-1][2]:.3f}" if trainer.records else ""
-            print(
-                f"depth {trainer.shard.depth}, seed {trainer.shard.seed}: step {trainer.step:,} "
-                f"of {steps:,}{tell}, {left / 60:.1f} min left",
-                file=sys.stderr,
-                flush=True,
-            )
-        if path is not None and (done or now - saved >= every):
+        report(trainer.step, trainer.tell())
+        trainer.seconds = earlier + report.seconds
+        if path is not None and (trainer.step == steps or report.seconds - saved >= every):
             trainer.save(path)
-            saved = time.perf_counter()
+            saved = report.seconds
 
 
 def best_rate(

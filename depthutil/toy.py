@@ -36,8 +36,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, archive, kernels
-from depthutil.toy_model import GRID, Network, ToyConfig, _generator, train_plainly
+from depthutil import _grid, _runs, archive, kernels
+from depthutil.toy_model import GRID, Network, ToyConfig, train_plainly
 
 __all__ = [
     "GRID",
@@ -134,33 +134,24 @@ def train(
         raise ValueError(f"a CUDA graph needs a GPU, not {device.type}: leave graph alone")
     if progress and not callable(progress):
         print(f"computed by {choice}, on {device}", file=sys.stderr, flush=True)
-    with _grid.cpu(threads), _grid.stream(device):
+    with _runs.cpu(threads), _grid.stream(device):
         trainer = _grid.Trainer(config, device, stack, graph)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 trainer.load(path)
-        earlier, first = trainer.seconds, trainer.step
-        begin = saved = told = time.perf_counter()
+        earlier = trainer.seconds
+        report = _runs.Progress(progress, config.steps, trainer.step)
+        saved = 0.0
         while trainer.step < config.steps:
             trainer.advance()
             trainer.kernel = choice + ("; CUDA graph" if trainer.replay else "")
-            now = time.perf_counter()
-            trainer.seconds = earlier + now - begin
+            report(trainer.step)
+            trainer.seconds = earlier + report.seconds
             done = trainer.step == config.steps
-            left = (now - begin) / (trainer.step - first) * (config.steps - trainer.step)
-            if callable(progress):
-                progress(trainer.step, config.steps, left)
-            elif progress and (done or now - told > 10):
-                told = now
-                print(
-                    f"step {trainer.step:,} of {config.steps:,}, {left / 60:.1f} min left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            if path is not None and (done or now - saved >= checkpoint_seconds):
+            if path is not None and (done or report.seconds - saved >= checkpoint_seconds):
                 trainer.save(path)
-                saved = time.perf_counter()
+                saved = report.seconds
         weights = _grid.by_student(trainer) if students else {}
     return ToyResult(
         config=config,
@@ -228,7 +219,7 @@ class ToyResult:
         if isinstance(inputs, int):
             dtype = getattr(torch, self.config.dtype)
             shape = (inputs, self.config.width)
-            inputs = torch.randn(shape, generator=_generator("states")).to(dtype)
+            inputs = torch.randn(shape, generator=_runs.generator("states")).to(dtype)
         with torch.no_grad():
             return torch.stack(student.states(inputs))
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthutil import _checks
+from depthutil import _checks, _runs
 
 #: What names a student; with ``step`` and ``loss``, the columns of ``ToyResult.losses``.
 GRID = ("teacher", "rho", "temperature", "depth", "seed")
@@ -307,13 +307,6 @@ class Network(nn.Module):
         return self.states(x)[-1]
 
 
-def _generator(*key: int | str) -> torch.Generator:
-    """A stream of random numbers of its own for each key, whatever else the grid holds."""
-    words = [int.from_bytes(str(part).encode(), "little") for part in key]
-    seed = int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator().manual_seed(seed)
-
-
 def _uniform(shape, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """What ``nn.Linear`` starts from."""
     bound = fan_in**-0.5
@@ -335,7 +328,7 @@ def teacher_weights(config: ToyConfig, teacher: int, rho: float) -> tuple[Tensor
     Every layer is ``√ρ W₀ + √(1−ρ) W_l``, so its variance does not depend on ``rho``.
     """
     depth = config.teacher_depth
-    generator = _generator("teacher", teacher)
+    generator = _runs.generator("teacher", teacher)
     common = _mlps(config, 1, generator)
     each = _mlps(config, depth, generator)
     w1, b, w2 = (
@@ -352,14 +345,14 @@ def teacher_weights(config: ToyConfig, teacher: int, rho: float) -> tuple[Tensor
 
 def student_weights(config: ToyConfig, teacher: int, depth: int, seed: int) -> tuple[Tensor, ...]:
     """A student's first ``w1, b, w2, head``: the same at every temperature and ``rho``."""
-    generator = _generator("student", teacher, depth, seed)
+    generator = _runs.generator("student", teacher, depth, seed)
     w1, b, w2 = _mlps(config, depth * config.order, generator)
     return w1, b, torch.zeros_like(w2), w1.new_zeros(config.vocabulary, config.width)
 
 
 def inputs(config: ToyConfig, teacher: int, step: int, test: bool = False) -> Tensor:
     """Fresh ``N(0, 1)`` inputs of a step or a test, ``(batch, width)``, from its number alone."""
-    generator = _generator("test" if test else "train", teacher, step)
+    generator = _runs.generator("test" if test else "train", teacher, step)
     batch = config.batch * (config.test_batches if test else 1)
     return torch.randn(batch, config.width, generator=generator).to(getattr(torch, config.dtype))
 

@@ -19,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import archive, models
+from depthutil import _runs, archive, models
 from depthutil.gram import STATISTICS, of_blocks, of_states, ratio, statistics
 from depthutil.moments import Moments, tally
 
@@ -909,7 +908,7 @@ def record(
             done, reached = _resume(path, identity, sums)
     device = _product_device(parts) if device is None else torch.device(device)
     total = len(batches) if hasattr(batches, "__len__") else None
-    report = _Progress(progress, total, done)
+    report = _runs.Progress(progress, total, done, of="batch")
     shelf = _Shelf()
     width, number, saved = 0, -1, time.perf_counter()
     with _evaluating(model):
@@ -922,7 +921,7 @@ def record(
                     raise ValueError(f"{path} is the checkpoint of a recording of other text")
                 continue
             width = _one_batch(parts, model, inputs, keep, sums, device, number, shelf)
-            report(number + 1, sums.tokens)
+            report(number + 1, f"{sums.tokens:,} tokens")
             if path is not None and time.perf_counter() - saved >= checkpoint_seconds:
                 _save(path, identity, digest, sums)
                 saved = time.perf_counter()
@@ -1141,26 +1140,6 @@ def _resume(path: Path, identity: str, sums: _Sums) -> tuple[int, str]:
     return sums.batches, digest
 
 
-class _Progress:
-    """Says how far it is, about every ten seconds."""
-
-    def __init__(self, how: Any, total: int | None, done: int):
-        self.how, self.total, self.done = how, total, done
-        self.begin = self.told = time.perf_counter()
-
-    def __call__(self, number: int, tokens: int) -> None:
-        now = time.perf_counter()
-        left = None
-        if self.total is not None:
-            left = (now - self.begin) / (number - self.done) * (self.total - number)
-        if callable(self.how):
-            self.how(number, self.total, left)
-        elif self.how and (now - self.told > 10 or number == self.total):
-            self.told = now
-            of = "" if left is None else f" of {self.total:,}, {left / 60:.1f} min left"
-            print(f"batch {number:,}{of} ({tokens:,} tokens)", file=sys.stderr, flush=True)
-
-
 # Decoding early ---------------------------------------------------------------------------
 
 
@@ -1214,7 +1193,7 @@ def decode_early(
     batches = [_inputs(batch, mask, number) for number, batch in enumerate(batches)]
     chosen, there = _spread(batches, documents)
     moments = Moments(parts.depth + (0 if through_last else 1), joint=False)
-    report = _Progress(progress, len(chosen), 0)
+    report = _runs.Progress(progress, len(chosen), of="batch")
     tokens = count = 0
     with _evaluating(model):
         for number, (inputs, keep) in enumerate(chosen):
@@ -1233,7 +1212,7 @@ def decode_early(
             moments.add(n.numpy(), (inside @ losses).numpy(), (losses**2).sum(0).numpy())
             tokens += len(rows)
             count += int((inside.sum(1) > 0).sum())
-            report(number + 1, tokens)
+            report(number + 1, f"{tokens:,} tokens")
     if tokens == 0:
         raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
     table = _frame(np.arange(len(moments.n)), moments, slice(None))

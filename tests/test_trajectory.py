@@ -357,7 +357,7 @@ def test_a_recording_continues_to_the_same_bits(neox, tmp_path):
 
 def test_progress_is_said_with_the_time_left(neox, capsys):
     trajectory.record(neox, [tokens(), tokens()], progress=True)
-    assert "batch 2 of 2, 0.0 min left (44 tokens)" in capsys.readouterr().err
+    assert "batch 2 of 2, 44 tokens, 0.0 min left" in capsys.readouterr().err
     calls = []
     trajectory.record(neox, iter([tokens()]), progress=lambda *call: calls.append(call))
     assert calls == [(1, None, None)]

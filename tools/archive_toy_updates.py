@@ -30,9 +30,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, archive, toy
+from depthutil import _grid, _runs, archive, toy
 from depthutil.signatures import diagnose, signature
-from depthutil.toy_model import Network, ToyConfig, _generator, rms, teacher_weights
+from depthutil.toy_model import Network, ToyConfig, rms, teacher_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 INPUTS = 1000
@@ -115,7 +115,7 @@ def build(config: ToyConfig, start: str, hidden: int) -> _grid.Trainer:
 @torch.no_grad()
 def measure(config: ToyConfig, weights: list[Tensor], which: dict) -> tuple[dict, list[dict]]:
     """All that is kept of one student: a row of numbers, and profiles along depth or lag."""
-    x = torch.randn((INPUTS, config.width), generator=_generator("measure"))
+    x = torch.randn((INPUTS, config.width), generator=_runs.generator("measure"))
     deep = torch.stack(teacher(config, which["teacher"], which["rho"]).states(x)).double()
     goal = rms(deep[-1])
 
@@ -306,7 +306,7 @@ def main(arguments: list[str] | None = None) -> None:
             part = PARTS[name]
             marks = tuple(sorted({min(m, args.steps) for m in part.marks}))
             PARTS[name] = replace(part, config=replace(part.config, steps=args.steps), marks=marks)
-        with _grid.cpu(1):
+        with _runs.cpu(1):
             run(name, args.folder)
 
 
