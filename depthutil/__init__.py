@@ -6,9 +6,11 @@ module          holds
 ``scaling``     the law of loss against width, depth and data: exact fits,
                 intervals, comparison of laws, optimal shape (needs no torch)
 ``regimes``     three ways to use depth as minimal simulations, built and
-                learned, and the exponent of loss against depth
+                learned
 ``gram``        the Gram matrix of one token's writes, and every norm, angle and
                 cosine read off it
+``powerlaw``    one slope on logarithmic scales, its error, and one verdict whether
+                it is a power law
 ``moments``     means over tokens, with errors over documents
 ``signatures``  what hidden states say: the diagnostic that tells the three ways
                 apart

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from depthutil import powerlaw
+from depthutil.powerlaw import PowerLaw as PowerLaw
 from depthutil.signatures import diagnose as diagnose
 from depthutil.signatures import signature as signature
 
@@ -564,124 +566,22 @@ def measure_all(
     return pd.concat(frames, ignore_index=True)
 
 
-@dataclass(frozen=True)
-class PowerLaw:
-    """The fit ``loss = prefactor · depth^−exponent`` and whether it describes the data.
-
-    Attributes
-    ----------
-    exponent, stderr : float
-        The exponent, positive for a falling loss, and its standard error.
-    prefactor : float
-    drift, drift_stderr : float
-        How much the local exponent changes from the shallowest depth to the deepest.
-    scatter : float
-        Root mean square distance of the log losses from the line.
-    """
-
-    exponent: float
-    stderr: float
-    prefactor: float
-    drift: float
-    drift_stderr: float
-    scatter: float
-
-    @property
-    def is_power_law(self) -> bool:
-        """Whether one exponent serves all depths.
-
-        That is, whether the local exponent drifts by less than a tenth of itself, give or
-        take three standard errors, and losses lie within a factor of about 1.3 of the line.
-        """
-        return (
-            abs(self.drift) < 0.1 * abs(self.exponent) + 3 * self.drift_stderr
-            and self.scatter < 0.25
-        )
-
-    def __str__(self) -> str:
-        verdict = "a power law" if self.is_power_law else "not a power law"
-        return f"exponent {self.exponent:.2f} ± {self.stderr:.2f} ({verdict})"
-
-
 def fit_exponent(depths, losses=None, stderr=None) -> PowerLaw:
-    """Fit a power of depth to losses, on logarithmic scales.
-
-    With several seeds, each seed gets its own line, and the standard error is that of the
-    seeds' mean, so that what a seed changes at all depths alike does not blur the slope.
-    With one loss a depth, it comes from ``stderr`` or else from the residuals.
+    """Fit a power of depth to losses, on logarithmic scales: :func:`depthutil.powerlaw.fit`.
 
     Parameters
     ----------
     depths : array or pandas.DataFrame
         Numbers of layers, three different ones at least; or what :func:`measure` returns.
-    losses : array
-        ``(depths,)`` or ``(depths, seeds)``, all positive.
-    stderr : array, optional
-        Standard errors of losses of shape ``(depths,)``.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not match, there are fewer than three depths, or a loss is not positive.
+    losses, stderr : array
+        As in :func:`depthutil.powerlaw.fit`.
 
     Examples
     --------
-    >>> depths = np.array([2, 4, 8, 16])
-    >>> print(fit_exponent(depths, 3.0 / depths**2))
-    exponent 2.00 ± 0.00 (a power law)
-    >>> fit_exponent(depths, [1.0, 1.0, 1e-6, 1e-6]).is_power_law
-    False
+    >>> print(fit_exponent(measure(ensemble, [2, 4, 8, 16], seeds=range(16))))
+    exponent 1.01 ± 0.01 (a power law)
     """
     if isinstance(depths, pd.DataFrame):
         table = depths.pivot(index="depth", columns="seed", values="loss")
         depths, losses = table.index.to_numpy(), table.to_numpy()
-    depths, losses = np.asarray(depths, dtype=float), np.asarray(losses, dtype=float)
-    if losses.ndim not in (1, 2) or depths.shape != losses.shape[:1]:
-        raise ValueError(
-            f"losses must be (depths,) or (depths, seeds) for {depths.size} depths, "
-            f"not of shape {losses.shape}"
-        )
-    if len(np.unique(depths)) < 3:
-        raise ValueError(f"an exponent with a test needs 3 different depths, not {depths.tolist()}")
-    if not (np.isfinite(losses).all() and (losses > 0).all() and (depths > 0).all()):
-        raise ValueError(
-            "a power law needs positive, finite losses and depths; the smallest loss is "
-            f"{np.min(losses)}: leave out depths whose loss is exactly 0"
-        )
-    x, y = np.log(depths), np.log(losses)
-    span = np.ptp(x)
-    if losses.ndim == 2 and losses.shape[1] > 1:
-        if stderr is not None:
-            raise ValueError("stderr goes with one loss a depth: several seeds bring their own")
-        count = losses.shape[1]
-        slopes, curves = np.polyfit(x, y, 1)[0], np.polyfit(x, y, 2)[0]
-        errors = slopes.std(ddof=1) / np.sqrt(count), curves.std(ddof=1) / np.sqrt(count)
-        slope, curve, y = slopes.mean(), curves.mean(), y.mean(axis=1)
-        line = np.polyfit(x, y, 1)
-    else:
-        y = y.reshape(-1)
-        weights = None if stderr is None else losses.reshape(-1) / np.asarray(stderr, dtype=float)
-        line, quadratic = np.polyfit(x, y, 1, w=weights), np.polyfit(x, y, 2, w=weights)
-        slope, curve = line[0], quadratic[0]
-        errors = _line_error(x, y, 1, weights), _line_error(x, y, 2, weights)
-    scatter = np.sqrt(np.mean((y - np.polyval(line, x)) ** 2))
-    return PowerLaw(
-        exponent=float(-slope),
-        stderr=float(errors[0]),
-        prefactor=float(np.exp(line[1])),
-        drift=float(-2 * curve * span),
-        drift_stderr=float(2 * errors[1] * span),
-        scatter=float(scatter),
-    )
-
-
-def _line_error(x: np.ndarray, y: np.ndarray, degree: int, weights) -> float:
-    """Standard error of a polynomial's leading coefficient."""
-    design = np.vander(x, degree + 1)
-    if weights is not None:
-        return float(np.sqrt(np.linalg.inv((design.T * weights**2) @ design)[0, 0]))
-    freedom = len(x) - degree - 1
-    if freedom == 0:
-        return float("inf")  # as many numbers as losses: no telling
-    rest = y - design @ np.polyfit(x, y, degree)
-    return float(np.sqrt(np.linalg.inv(design.T @ design)[0, 0] * (rest @ rest) / freedom))
+    return powerlaw.fit(depths, losses, stderr)

@@ -36,7 +36,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, _runs, archive, kernels
+from depthutil import _grid, _runs, archive, kernels, powerlaw
 from depthutil.toy_model import GRID, Network, ToyConfig, train_plainly
 
 __all__ = [
@@ -57,7 +57,10 @@ __all__ = [
 ]
 
 #: Where :func:`exponent` draws the line between a power law and another decline.
-POWER_LAW = {"residual": 0.1, "drift": 1 / 3}
+POWER_LAW = {
+    "residual": powerlaw.THRESHOLDS["scatter"],
+    "drift": powerlaw.THRESHOLDS["drift"],
+}
 
 
 def train(
@@ -304,7 +307,8 @@ def exponent(
         of log loss about the line; ``drift``, by how much the local exponent of a
         quadratic fit changes from the shallowest depth to the deepest; ``power_law``, whether
         the fit deserves the name: residual below 0.1, and drift below a third of ``alpha``
-        (or within twice its standard error over teachers).
+        (or within twice its standard error over teachers), as
+        :attr:`depthutil.powerlaw.PowerLaw.is_power_law` says.
 
     Examples
     --------
@@ -333,32 +337,17 @@ def exponent(
 
 
 def _power_law(table: pd.DataFrame) -> dict[str, Any]:
-    """Fit lines and parabolas to log loss, a student's seed a row and a depth a column."""
-    table = table.dropna()
-    x = np.log(table.columns.to_numpy(float))
-    y = np.log(table.to_numpy())
-    (slope, _), (bend, *_) = np.polyfit(x, y.T, 1), np.polyfit(x, y.T, 2)
-    centred = x - x.mean()
-    residual = y - y.mean(1, keepdims=True) - np.outer(slope, centred)
-    rms_residual = float(np.sqrt((residual.mean(0) ** 2).mean()))
-    drift = -2 * bend * (x[-1] - x[0])
+    """Fit log loss; a student's seed is a row of the table, and a depth a column."""
     # Seeds of one teacher are no independent teachers: average them first.
-    slopes, drifts = (pd.Series(v, table.index).groupby("teacher").mean() for v in (slope, drift))
-    n = len(slopes)
-    alpha, bent = -float(slopes.mean()), float(drifts.mean())
-    noise = 0.0
-    if n > 1:
-        stderr, noise = float(slopes.std() / math.sqrt(n)), float(drifts.std() / math.sqrt(n))
-    else:
-        stderr = math.sqrt((residual**2).mean() * len(x) / (len(x) - 2) / (centred**2).sum())
-    straight = abs(bent) < max(POWER_LAW["drift"] * abs(alpha), 2 * noise)
+    each = np.exp(np.log(table.dropna()).groupby("teacher").mean())
+    law = powerlaw.fit(each.columns, each.T)
     return {
-        "alpha": alpha,
-        "stderr": stderr,
-        "teachers": n,
-        "residual": rms_residual,
-        "drift": bent,
-        "power_law": bool(alpha > 0 and straight and rms_residual < POWER_LAW["residual"]),
+        "alpha": law.exponent,
+        "stderr": law.stderr,
+        "teachers": len(each),
+        "residual": law.scatter,
+        "drift": law.drift,
+        "power_law": law.is_power_law,
     }
 
 
