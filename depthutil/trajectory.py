@@ -300,6 +300,57 @@ class Trajectory:
         settings = _settings(depth, sublayers, parallel, per_token=per_token, sample=sample)
         return _of_inputs(parts, settings, name, writes.shape[2])
 
+    # Files
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write everything to one file, all of it or nothing; :meth:`load` reads it.
+
+        Its size does not grow with the number of tokens, unless ``per_token`` was kept. To
+        archive the tables with their provenance, give :meth:`table` to
+        :func:`depthutil.archive.save`.
+
+        Parameters
+        ----------
+        path : path
+            Ends with ``.npz`` by custom. A file that is there is replaced.
+
+        Returns
+        -------
+        pathlib.Path
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> rng = np.random.default_rng(0)
+        >>> walk = Trajectory.from_states(rng.standard_normal((9, 50, 16)).cumsum(axis=0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     again = Trajectory.load(walk.save(f"{folder}/walk.npz"))
+        >>> again.angles().equals(walk.angles())
+        True
+        """
+        path = Path(path)
+        about = {"name": self.name, "width": self.width, "settings": self._sums.settings}
+        with archive.replacing(path) as partial, partial.open("wb") as file:
+            np.savez_compressed(file, trajectory=json.dumps(about), **self._sums.state())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Trajectory:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If it is not a whole trajectory.
+        """
+        arrays = _read(Path(path), ("trajectory",), "whole trajectory: save it again")
+        about = json.loads(str(arrays.pop("trajectory")))
+        sums = _Sums(about["settings"])
+        sums.restore(arrays)
+        return _result(sums, about["name"], about["width"])
+
     # Tables
 
     def norms(self) -> pd.DataFrame:
@@ -1124,13 +1175,23 @@ def _save(path: Path, identity: str, digest: str, sums: _Sums) -> None:
         np.savez(file, identity=identity, digest=digest, **sums.state())
 
 
-def _resume(path: Path, identity: str, sums: _Sums) -> tuple[int, str]:
+def _read(path: Path, needed: Iterable[str], what: str) -> dict[str, np.ndarray]:
+    """The arrays of a file that hold, among others, those that are needed."""
     try:
         with open(path, "rb") as file:
             arrays = dict(np.load(file, allow_pickle=False))
-        theirs, digest = str(arrays["identity"]), str(arrays["digest"])
+        for name in (*needed, "counts"):
+            arrays[name]
+    except FileNotFoundError:
+        raise
     except Exception as error:  # zip, pickle and key errors alike
-        raise ValueError(f"{path} is no whole checkpoint of a recording: remove it") from error
+        raise ValueError(f"{path} is no {what}") from error
+    return arrays
+
+
+def _resume(path: Path, identity: str, sums: _Sums) -> tuple[int, str]:
+    arrays = _read(path, ("identity", "digest"), "whole checkpoint of a recording: remove it")
+    theirs, digest = str(arrays["identity"]), str(arrays["digest"])
     if theirs != identity:
         raise ValueError(
             f"{path} is the checkpoint of another recording (model or settings differ): "

@@ -530,3 +530,39 @@ def test_a_sample_of_documents_is_spread_over_the_corpus(neox):
         trajectory.decode_early(neox, corpus(), documents=0)
     with pytest.raises(ValueError, match="no head"):
         trajectory.decode_early(neox.gpt_neox, corpus())
+
+
+# Files ----------------------------------------------------------------------------------
+
+
+def test_a_saved_trajectory_is_the_same(tmp_path):
+    model = build("llama")
+    options = {"writes": "sublayer", "per_token": True, "null": True, "sample": 5}
+    batches = [
+        torch.randint(1, 30, (4, 9), generator=torch.Generator().manual_seed(i)) for i in (0, 1)
+    ]
+    made = trajectory.record(model, batches, **options)
+    again = Trajectory.load(made.save(tmp_path / "new" / "made.npz"))
+    pd.testing.assert_frame_equal(again.table(), made.table())
+    assert again.update_angles(null=True).equals(made.update_angles(null=True))
+    assert again.average().equals(made.average())
+    assert np.array_equal(again.grams(), made.grams()) and np.array_equal(again.gram, made.gram)
+    for name, array in made.per_token.items():
+        assert np.array_equal(again.per_token[name], array)
+    for name in ("name", "depth", "width", "writes", "parallel", "tokens", "documents"):
+        assert getattr(again, name) == getattr(made, name)
+    assert str(again) == str(made)
+
+
+def test_what_is_no_whole_trajectory_is_named(tmp_path):
+    path = Trajectory.from_states(np.ones((3, 4, 2))).save(tmp_path / "some.npz")
+    whole = path.read_bytes()
+    for bad in (whole[: len(whole) // 2], b"", b"no archive"):
+        path.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"some\.npz is no whole trajectory: save it again"):
+            Trajectory.load(path)
+    np.savez(path, counts=1)
+    with pytest.raises(ValueError, match="is no whole trajectory"):
+        Trajectory.load(path)
+    with pytest.raises(FileNotFoundError):
+        Trajectory.load(tmp_path / "other.npz")
