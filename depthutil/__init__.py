@@ -23,6 +23,7 @@ module          holds
                 norms and head are (needs the ``models`` extra)
 ``trajectory``  what every layer writes, recorded over a corpus: norms, angles,
                 contributions and early decoding, with standard errors
+``nulls``       untrained and shuffled networks, to compare a trained one with
 ``ladder``      small language models of one width and several depths, their text
                 and their training (needs the ``models`` extra)
 ``explorer``    the law as a figure that the reader moves

@@ -192,3 +192,66 @@ def depth_axis(ax: mpl.axes.Axes, depths, label: str = "depth ℓ (layers)") -> 
     ax.set_xticks(list(depths), labels=[f"{depth:g}" for depth in depths])
     ax.minorticks_off()
     ax.set_xlabel(label)
+
+
+def shades(values) -> dict:
+    """An opacity for each value, faint for the smallest: many curves of one colour.
+
+    Parameters
+    ----------
+    values : iterable
+        Depths, for example; one that is there twice counts once.
+
+    Examples
+    --------
+    >>> shades([4, 16, 8, 4])
+    {4: 0.25, 8: 0.625, 16: 1.0}
+    """
+    values = sorted(set(values))
+    low = 0.25 if len(values) > 1 else 1.0
+    return {
+        value: float(alpha)
+        for value, alpha in zip(values, np.linspace(low, 1, len(values)), strict=True)
+    }
+
+
+def against_depth(ax: mpl.axes.Axes, table, *, errors: float = 2, **style):
+    """Draw means with their error bars against layers or depths.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    table : pandas.DataFrame
+        ``mean`` and its standard error, ``stderr`` (or ``sem``), against ``layer`` or ``depth``,
+        a column or the index: what :class:`depthutil.trajectory.Trajectory` returns, or
+        ``frame.groupby("depth")["loss"].agg(["mean", "sem"])``.
+    errors : float
+        Half the length of a bar, in standard errors.
+    **style
+        Passed to :meth:`matplotlib.axes.Axes.errorbar`; by default ``fmt="o-"``.
+
+    Returns
+    -------
+    matplotlib.container.ErrorbarContainer
+
+    Raises
+    ------
+    ValueError
+        If the table has no such columns.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> import pandas as pd
+    >>> fig, ax = plt.subplots()
+    >>> table = pd.DataFrame({"layer": [1, 2], "mean": [0.4, 0.3], "stderr": [0.01, 0.02]})
+    >>> drawn = against_depth(ax, table, label="trained")
+    >>> [line[:, 1].round(2).tolist() for line in drawn[2][0].get_segments()]
+    [[0.38, 0.42], [0.26, 0.34]]
+    >>> plt.close(fig)
+    """
+    at = next((table[name] for name in ("layer", "depth") if name in table), table.index)
+    error = next((table[name] for name in ("stderr", "sem") if name in table), None)
+    if error is None or "mean" not in table:
+        raise ValueError(f"the table needs mean and stderr, and has {list(table.columns)}")
+    return ax.errorbar(at, table["mean"], errors * error, **{"fmt": "o-"} | style)

@@ -2,6 +2,7 @@ import io
 import re
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from depthutil import figures
@@ -57,3 +58,25 @@ def test_same_figure_same_bytes():
 def test_unknown_theme():
     with pytest.raises(ValueError, match="'sepia'"):
         figures.recolour("", "sepia")
+
+
+def test_a_table_without_errors_is_no_measurement():
+    fig, ax = plt.subplots()
+    with pytest.raises(ValueError, match=r"needs mean and stderr, and has \['layer', 'mean'\]"):
+        figures.against_depth(ax, pd.DataFrame({"layer": [1], "mean": [1.0]}))
+    plt.close(fig)
+
+
+def test_layers_may_be_in_a_column_or_in_the_index():
+    fig, ax = plt.subplots()
+    groups = pd.DataFrame({"depth": [4, 4, 8, 8], "loss": [1.0, 3.0, 1.0, 1.0]}).groupby("depth")
+    by = groups["loss"].agg(["mean", "sem"])
+    for table in (by, by.reset_index()):
+        line, _, (bars,) = figures.against_depth(ax, table, errors=1)
+        assert line.get_xydata().tolist() == [[4, 2], [8, 1]]
+        assert bars.get_segments()[0][:, 1].tolist() == [1, 3]
+    plt.close(fig)
+
+
+def test_one_value_is_not_faint():
+    assert figures.shades([3]) == {3: 1.0}
