@@ -21,6 +21,8 @@ module          holds
                 anywhere, in Triton on a GPU
 ``models``      loading language models by name; where their blocks, sublayers,
                 norms and head are (needs the ``models`` extra)
+``stream``      a live model: hooks that come off whatever happens, and what its
+                blocks, sublayers, norm and head really do, measured
 ``trajectory``  what every layer writes, recorded over a corpus: norms, angles,
                 contributions and early decoding, with standard errors
 ``nulls``       untrained and shuffled networks, to compare a trained one with

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import _runs, archive, models
+from depthutil import _runs, archive, models, stream
 from depthutil.gram import STATISTICS, of_blocks, of_states, ratio, statistics
 from depthutil.moments import Moments, tally
 
@@ -204,8 +205,9 @@ class Trajectory:
         Blocks, and size of the stream (0 where only Gram matrices were given).
     writes : str
         ``"block"``, one write a block, or ``"sublayer"``: attention and MLP.
-    parallel : bool
-        Whether both sublayers are added to the block's input (GPT-NeoX, Phi).
+    parallel : bool or None
+        Whether both sublayers are added to the block's input (GPT-NeoX, Phi); None where a block
+        has no two that could be found.
     tokens, documents : int
         How many were counted.
     gram : numpy.ndarray
@@ -219,7 +221,7 @@ class Trajectory:
     depth: int
     width: int
     writes: str
-    parallel: bool
+    parallel: bool | None
     tokens: int
     documents: int
     gram: np.ndarray = field(repr=False)
@@ -573,7 +575,7 @@ def _frame(layers: np.ndarray, moments: Moments, at: Any) -> pd.DataFrame:
 def _settings(
     depth: int,
     sublayers: bool = False,
-    parallel: bool = False,
+    parallel: bool | None = False,
     *,
     normed: bool = False,
     null: bool = False,
@@ -623,19 +625,6 @@ def _result(sums: _Sums, name: str, width: int) -> Trajectory:
 # Watching a model -------------------------------------------------------------------------
 
 
-def _tensor(output: Any) -> Tensor:
-    """The hidden states among what a module returns, a tensor or a tuple that begins with it."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _hidden(args: tuple, kwargs: dict) -> Tensor:
-    if args:
-        return args[0]
-    if "hidden_states" not in kwargs:
-        raise ValueError(f"a block reads {sorted(kwargs)} and no hidden_states: it is not known")
-    return kwargs["hidden_states"]
-
-
 class _Shelf:
     """Memory for what hooks keep, used again for every batch.
 
@@ -663,119 +652,43 @@ class _Shelf:
 class _Trace:
     """What passed through the hooks in one forward pass."""
 
-    def __init__(self):
+    def __init__(self, parts: models.Anatomy):
         self.start: Tensor | None = None
-        self.first: list[Tensor] = []  # attention, or the block's output
-        self.second: list[Tensor] = []  # MLP, or the block's input
         self.after: Tensor | None = None
-        self.inputs: list[Tensor] = []  # of blocks and the final norm, for the check only
-        self.outputs: list[Tensor] = []
-        self.normed: dict[int, list[Tensor]] = {}
+        self.read: list[Tensor | None] = [None] * parts.depth  # blocks' inputs, where needed
+        self.written: list[list[Tensor]] = [[] for _ in parts.blocks]
 
 
 @contextmanager
-def _watching(
-    parts: models.Anatomy, check: Tensor | None = None, shelf: _Shelf | None = None
-) -> Iterator[_Trace]:
-    """Hooks on all that writes; with ``check``, also these positions of all that is read."""
-    trace, handles = _Trace(), []
+def _watching(parts: models.Anatomy, shelf: _Shelf | None = None) -> Iterator[_Trace]:
+    """Hooks on all that writes."""
+    trace = _Trace(parts)
     shelf = _Shelf() if shelf is None else shelf
     shelf.used, keep = 0, shelf.keep
 
-    def on_output(module: nn.Module, store: Callable[[Tensor], Any]) -> None:
-        hook = lambda module, args, output: store(_tensor(output))  # noqa: E731
-        handles.append(module.register_forward_hook(hook))
+    def store(name: str, number: int | None = None) -> Callable[[Tensor], None]:
+        if number is None:
+            return lambda h: setattr(trace, name, keep(h))
+        if name == "read":
+            return lambda h: trace.read.__setitem__(number, keep(h))
+        return lambda h: trace.written[number].append(keep(h))
 
-    def on_input(module: nn.Module, store: Callable[[Tensor], Any]) -> None:
-        hook = lambda module, args, kwargs: store(_hidden(args, kwargs))  # noqa: E731
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-
-    on_input(parts.blocks[0], lambda h: setattr(trace, "start", keep(h)))
-    on_output(parts.norm, lambda h: setattr(trace, "after", keep(h)))
-    if parts.attention is None:
-        for block in parts.blocks:
-            on_input(block, lambda h: trace.second.append(keep(h)))
-            on_output(block, lambda h: trace.first.append(keep(h)))
-    else:
-        for attention, mlp in zip(parts.attention, parts.mlp, strict=True):
-            on_output(attention, lambda h: trace.first.append(keep(h)))
-            on_output(mlp, lambda h: trace.second.append(keep(h)))
-    if check is not None:
-        on_input(parts.norm, lambda h: trace.inputs.append(_pick(h, check)))
-        for number, block in enumerate(parts.blocks):
-            on_input(block, lambda h: trace.inputs.append(_pick(h, check)))
-            on_output(block, lambda h: trace.outputs.append(_pick(h, check)))
-            for child in block.children():
-                if models.is_norm(child):
-                    some = trace.normed.setdefault(number, [])
-                    on_output(child, lambda h, some=some: some.append(_pick(h, check)))
-    try:
+    before = [(parts.blocks[0], store("start"))]
+    after = [(parts.norm, store("after"))]
+    for number, block in enumerate(parts.blocks):
+        writes = () if parts.writes is None else parts.writes[number]
+        if not writes:
+            before.append((block, store("read", number)))
+        modules = [write.module for write in writes] or [block]
+        after += [(module, store("written", number)) for module in modules]
+    with stream.hooked(before, after):
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _pick(states: Tensor, rows: Tensor | slice) -> Tensor:
     """Rows ``(tokens, width)`` of hidden states, which may be on any device."""
     flat = states.reshape(-1, states.shape[-1])
     return flat[rows if isinstance(rows, slice) else rows.to(flat.device)]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients, and each module's mode as it was afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _verify(parts: models.Anatomy, trace: _Trace, rows: Tensor, kind: str) -> None:
-    """Refuse a model whose recorded writes do not take each state to the next."""
-    refuse = f"{kind} ({parts.family}) cannot be recorded: "
-    depth = parts.depth
-    counts = {len(trace.outputs), len(trace.inputs) - 1, len(trace.first), len(trace.second)}
-    if counts != {depth}:
-        raise ValueError(refuse + "its blocks or sublayers do not run exactly once each, in order")
-    if not all(torch.isfinite(state).all() for state in trace.outputs):
-        return  # which is said with the token's place when its products are looked at
-    for number in range(depth):
-        before, after = trace.inputs[number], trace.outputs[number]
-        following = trace.inputs[number + 1].to(after.device)
-        if not torch.equal(after, following):
-            raise ValueError(
-                refuse + f"what block {number + 1} returns is not what the next module reads"
-            )
-        if any(
-            normed.shape == after.shape and torch.equal(normed.to(after.device), after)
-            for normed in trace.normed.get(number, [])
-        ):
-            raise ValueError(
-                refuse + "its blocks normalise the stream itself (post-norm), so that states are "
-                "no sums of writes"
-            )
-        if parts.attention is None:
-            continue
-        one, two = (_pick(w[number], rows).to(after.device) for w in (trace.first, trace.second))
-        eps = max(torch.finfo(tensor.dtype).eps for tensor in (one, two, after))
-        before, after, one, two = (
-            x.double() if x.device.type != "mps" else x.cpu().double()
-            for x in (before, after, one, two)
-        )
-        gap = (before + one + two - after).norm(dim=-1)
-        # A model that adds in its own precision rounds twice; this allows for a few times that.
-        scale = before.norm(dim=-1) + one.norm(dim=-1) + two.norm(dim=-1)
-        if not (gap <= 4 * eps * scale).all():
-            worst = float((gap / after.norm(dim=-1)).max())
-            raise ValueError(
-                refuse + f"in block {number + 1} what attention and MLP write misses the change of "
-                f"the state by {worst:.1%} of its length"
-            )
 
 
 class _Stack:
@@ -794,20 +707,29 @@ class _Stack:
         """Write ``[h_0, writes…, norm(h_ℓ)]`` of these tokens into ``out``."""
         trace = self.trace
         out[:, 0] = self._get(trace.start, rows)
-        for number, (first, second) in enumerate(zip(trace.first, trace.second, strict=True)):
+        for number in range(self.parts.depth):
+            writes = self._writes(number, rows)
             if self.sublayers:
-                out[:, 2 * number + 1] = self._get(first, rows)
-                out[:, 2 * number + 2] = self._get(second, rows)
+                out[:, 2 * number + 1], out[:, 2 * number + 2] = writes
                 continue
             write = out[:, number + 1]
-            write.copy_(self._get(first, rows))
-            if self.parts.attention is None:  # output − input
-                write -= self._get(second, rows)
-            else:
-                write += self._get(second, rows)
+            write.copy_(writes[0])
+            for more in writes[1:]:
+                write += more
         if after:
             out[:, self.rows] = self._get(trace.after, rows)
         return out
+
+    def _writes(self, number: int, rows: Tensor | slice) -> list[Tensor]:
+        """What one block writes, in one part or two."""
+        written = [self._get(states, rows) for states in self.trace.written[number]]
+        if self.parts.writes is None:  # output − input
+            return [written[0].double() - self._get(self.trace.read[number], rows)]
+        writes = self.parts.writes[number]
+        return [
+            states if write.scale == 1 else write.scale * states.double()
+            for write, states in zip(writes, written, strict=True)
+        ]
 
     def _get(self, states: Tensor, rows: Tensor | slice) -> Tensor:
         states = _pick(states, rows)
@@ -936,68 +858,85 @@ def record(
     (['layer', 'mean', 'stderr', 'std'], 4)
     """
     parts = models.anatomy(model)
-    _can_record(parts, model, writes)
+    if writes not in ("block", "sublayer"):
+        raise ValueError(f"writes is 'block' or 'sublayer', not {writes!r}")
     if not (callable(mask) or mask in ("next", "all")):
         raise ValueError(f"mask is 'next', 'all' or a function, not {mask!r}")
-    settings = _settings(
-        parts.depth,
-        writes == "sublayer",
-        parts.parallel,
-        normed=True,
-        null=null,
-        sample=sample,
-        per_token=per_token,
-    )
-    sums, digest = _Sums(settings), ""
     name = _name(model)
     path = None if checkpoint is None else Path(checkpoint)
-    identity = _identity(model, settings) if path is not None else ""
-    done, reached = 0, ""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            done, reached = _resume(path, identity, sums)
     device = _product_device(parts) if device is None else torch.device(device)
     total = len(batches) if hasattr(batches, "__len__") else None
-    report = _runs.Progress(progress, total, done, of="batch")
-    shelf = _Shelf()
-    width, number, saved = 0, -1, time.perf_counter()
-    with _evaluating(model):
+    sums, digest, reached, identity, done = None, "", "", "", 0
+    shelf, report, width = _Shelf(), None, parts.width
+    number, saved = -1, time.perf_counter()
+    with stream.evaluating(model):
         for number, batch in enumerate(batches):
             inputs, keep = _inputs(batch, mask, number)
+            if sums is None:
+                parts = _measured(model, parts, inputs, writes)
+                settings = _settings(
+                    parts.depth,
+                    writes == "sublayer",
+                    parts.parallel,
+                    normed=True,
+                    null=null,
+                    sample=sample,
+                    per_token=per_token,
+                )
+                sums = _Sums(settings)
+                if path is not None:
+                    identity = _identity(model, settings)
+                    if path.exists():
+                        done, reached = _resume(path, identity, sums)
+                report = _runs.Progress(progress, total, done, of="batch")
             if path is not None:
                 digest = _chain(digest, inputs["input_ids"], keep)
             if number < done:
                 if number == done - 1 and digest != reached:
                     raise ValueError(f"{path} is the checkpoint of a recording of other text")
                 continue
-            width = _one_batch(parts, model, inputs, keep, sums, device, number, shelf)
+            width = _one_batch(parts, inputs, keep, sums, device, number, shelf)
             report(number + 1, f"{sums.tokens:,} tokens")
             if path is not None and time.perf_counter() - saved >= checkpoint_seconds:
                 _save(path, identity, digest, sums)
                 saved = time.perf_counter()
     if number + 1 < done:
         raise ValueError(f"{path} has seen {done} batches, and now there are fewer")
-    if sums.tokens == 0:
+    if sums is None or sums.tokens == 0:
         raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
     if path is not None and sums.batches > done:
         _save(path, identity, digest, sums)
-    return _result(sums, name, width or _width(parts))
+    return _result(sums, name, width)
 
 
-def _can_record(parts: models.Anatomy, model: nn.Module, writes: str) -> None:
-    if writes not in ("block", "sublayer"):
-        raise ValueError(f"writes is 'block' or 'sublayer', not {writes!r}")
-    if writes == "sublayer" and parts.attention is None:
+def _measured(
+    model: nn.Module, parts: models.Anatomy, inputs: dict[str, Tensor], writes: str
+) -> models.Anatomy:
+    """The parts as they are found on a batch, if such writes can be recorded of them."""
+    parts = stream.measured(model, inputs, parts, head=False)
+    name = f"{type(model).__name__} ({parts.family})"
+    if writes == "sublayer" and not (parts.sublayers and parts.parallel is not None):
         raise ValueError(
-            f"where attention and MLP of {type(model).__name__} ({parts.family}) write is not "
-            f"known (it is for {', '.join(models.FAMILIES)}): record writes='block'"
+            f"attention and MLP of {name} cannot be told apart: no two modules of each block were "
+            "found whose outputs are what it adds, one after the other or both at once; record "
+            "writes='block'"
         )
+    if parts.writes is None:
+        parameter = next(model.parameters(), None)
+        if parameter is not None and torch.finfo(parameter.dtype).bits == 16:
+            warnings.warn(
+                f"what blocks of {name} add was found only as a difference of states, which in "
+                f"{parameter.dtype} has few digits where the stream is large: load the model with "
+                "dtype='float32' for exact small writes",
+                stacklevel=3,
+            )
+    return parts
 
 
 def _one_batch(
     parts: models.Anatomy,
-    model: nn.Module,
     inputs: dict[str, Tensor],
     keep: Tensor,
     sums: _Sums,
@@ -1009,12 +948,8 @@ def _one_batch(
     rows = keep.reshape(-1).nonzero().squeeze(1)
     ids = inputs["input_ids"]
     document, position = rows // ids.shape[1], rows % ids.shape[1]
-    first = sums.vectors is None and len(rows) > 0
-    some = rows[:: max(1, len(rows) // 64)] if first else None
-    with _watching(parts, some, shelf) as trace:
-        _forward(parts, inputs)
-    if first:
-        _verify(parts, trace, some, type(model).__name__)
+    with _watching(parts, shelf) as trace:
+        stream.forward(parts, inputs)
     width = trace.start.shape[-1]
     stack = _Stack(parts, trace, sums.settings["sublayers"], device)
     groups = _groups(stack, rows, width, sums.settings["null"])
@@ -1038,15 +973,6 @@ def _finite(groups, document, position, number, device):
             )
         start += len(gram)
         yield gram, null
-
-
-def _forward(parts: models.Anatomy, inputs: dict[str, Tensor]) -> None:
-    """Run the backbone; a mask that masks nothing is left out, for attention's fast path."""
-    where = _device_of(parts.embedding)
-    inputs = {name: tensor.to(where) for name, tensor in inputs.items()}
-    if "attention_mask" in inputs and bool(inputs["attention_mask"].all()):
-        del inputs["attention_mask"]
-    parts.backbone(**inputs, use_cache=False)
 
 
 def _inputs(batch: Any, mask: Any, number: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -1087,21 +1013,10 @@ def _inputs(batch: Any, mask: Any, number: int) -> tuple[dict[str, Tensor], Tens
     return inputs, keep
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    device = next(module.parameters()).device
-    if device.type == "meta":  # device_map keeps these weights elsewhere until they are used
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device
-
-
 def _product_device(parts: models.Anatomy) -> torch.device:
-    device = _device_of(parts.blocks[-1])
+    device = stream.device_of(parts.blocks[-1])
     # Apple's GPUs have no double precision.
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def _width(parts: models.Anatomy) -> int:
-    return int(parts.embedding.weight.shape[-1])
 
 
 def _name(model: nn.Module) -> str:
@@ -1137,13 +1052,14 @@ def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
     torch.Size([7, 1, 3, 4])
     """
     parts = models.anatomy(model)
-    _can_record(parts, model, writes)
+    if writes not in ("block", "sublayer"):
+        raise ValueError(f"writes is 'block' or 'sublayer', not {writes!r}")
     inputs, _ = _inputs(batch, "all", 0)
     rows = torch.arange(inputs["input_ids"].numel())
-    with _evaluating(model):
-        with _watching(parts, check=rows) as trace:
-            _forward(parts, inputs)
-        _verify(parts, trace, rows, type(model).__name__)
+    with stream.evaluating(model):
+        parts = _measured(model, parts, inputs, writes)
+        with _watching(parts) as trace:
+            stream.forward(parts, inputs)
         stack = _Stack(parts, trace, writes == "sublayer", _product_device(parts))
         out = stack.fill(stack.empty(len(rows), trace.start.shape[-1]), slice(None), after=False)
     return out[:, : stack.rows].transpose(0, 1).unflatten(1, inputs["input_ids"].shape)
@@ -1256,14 +1172,16 @@ def decode_early(
     moments = Moments(parts.depth + (0 if through_last else 1), joint=False)
     report = _runs.Progress(progress, len(chosen), of="batch")
     tokens = count = 0
-    with _evaluating(model):
+    with stream.evaluating(model):
         for number, (inputs, keep) in enumerate(chosen):
             ids, keep = inputs["input_ids"], keep.clone()
             keep[:, -1] = False
             if "attention_mask" in inputs:
                 keep[:, :-1] &= inputs["attention_mask"][:, 1:].bool().cpu()
             rows = keep.reshape(-1).nonzero().squeeze(1)
-            losses = _losses(parts, model, inputs, rows, through_last, check=number == 0)
+            if number == 0:
+                parts = stream.measured(model, inputs, parts, head=True)
+            losses = _losses(parts, inputs, rows, through_last)
             inside = rows // ids.shape[1] == torch.arange(len(ids))[:, None]
             inside = inside.double()
             if moments.n.sum() == 0 and len(rows):
@@ -1301,32 +1219,25 @@ def _spread(
 
 
 def _losses(
-    parts: models.Anatomy,
-    model: nn.Module,
-    inputs: dict[str, Tensor],
-    rows: Tensor,
-    through_last: bool,
-    check: bool,
+    parts: models.Anatomy, inputs: dict[str, Tensor], rows: Tensor, through_last: bool
 ) -> Tensor:
     """Cross-entropies ``(tokens, layers)`` of the next token, decoded at every layer."""
     states: list[Tensor] = []
     last: dict[str, Any] = {}
 
-    def keep_input(module, args, kwargs):
-        states.append(_hidden(args, kwargs))
+    def keep_arguments(module, args, kwargs):
         last.update(args=args, kwargs=kwargs)
 
-    def keep_output(module, args, output):
-        states.append(_tensor(output))
-
-    handles = [b.register_forward_pre_hook(keep_input, with_kwargs=True) for b in parts.blocks]
-    handles.append(parts.blocks[-1].register_forward_hook(keep_output))
+    handle = parts.blocks[-1].register_forward_pre_hook(keep_arguments, with_kwargs=True)
     try:
-        _forward(parts, inputs)
+        with stream.hooked(
+            before=[(block, states.append) for block in parts.blocks],
+            after=[(parts.blocks[-1], states.append)],
+        ):
+            stream.forward(parts, inputs)
     finally:
-        for handle in handles:
-            handle.remove()
-    end, where = states[-1], _device_of(parts.blocks[-1])
+        handle.remove()
+    end, where = states[-1], stream.device_of(parts.blocks[-1])
     args, kwargs = last["args"], last["kwargs"]
 
     def final(number: int) -> Tensor:
@@ -1335,14 +1246,10 @@ def _losses(
             return state
         if number == parts.depth - 1:  # the model's own last step
             return end
-        state = state.to(where)
-        if args:
-            return _tensor(parts.blocks[-1](state, *args[1:], **kwargs))
-        return _tensor(parts.blocks[-1](**{**kwargs, "hidden_states": state}))
+        given, named = stream.with_hidden(args, kwargs, state.to(where))
+        return stream.tensor(parts.blocks[-1](*given, **named))
 
     targets = inputs["input_ids"].reshape(-1)[(rows + 1).clamp(max=inputs["input_ids"].numel() - 1)]
-    if check and len(rows):
-        _verify_head(parts, model, inputs, end, rows)
     columns = [
         _cross_entropy(parts, final(number), rows, targets)
         for number in range(parts.depth + (not through_last))
@@ -1352,32 +1259,10 @@ def _losses(
 
 def _cross_entropy(parts: models.Anatomy, state: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     losses = []
-    size = max(1, 2**24 // parts.head.weight.shape[0]) if parts.head is not None else len(rows)
-    norm_at = _device_of(parts.norm)
+    size = max(1, 2**24 // parts.vocabulary)
+    norm_at = stream.device_of(parts.norm)
     for some, goal in zip(rows.split(size), targets.split(size), strict=True):
         logits = parts.logits(_pick(state, some).to(norm_at))
         goal = goal.to(logits.device)
         losses.append(nn.functional.cross_entropy(logits, goal, reduction="none").double().cpu())
     return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64)
-
-
-def _verify_head(
-    parts: models.Anatomy, model: nn.Module, inputs: dict[str, Tensor], end: Tensor, rows: Tensor
-) -> None:
-    """Refuse a model whose logits are not the head of the final norm of the last state."""
-    row = int(rows[0]) // inputs["input_ids"].shape[1]
-    rows = rows[rows // inputs["input_ids"].shape[1] == row][:64]
-    mine = parts.logits(_pick(end, rows).to(_device_of(parts.norm))).double().cpu()
-    one = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
-    where = _device_of(parts.embedding)
-    one = {name: tensor.to(where) for name, tensor in one.items()}
-    theirs = model(**one, use_cache=False).logits
-    eps = torch.finfo(theirs.dtype).eps
-    theirs = theirs[0][(rows % inputs["input_ids"].shape[1]).to(theirs.device)].double().cpu()
-    gap = float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
-    eps = max(eps, torch.finfo(end.dtype).eps)
-    if not gap <= 1e4 * eps if eps < 1e-5 else not gap <= 0.1:
-        raise ValueError(
-            f"{type(model).__name__} ({parts.family}) does something to its logits after the head "
-            f"that is not known here (they differ by {gap:.1%}): its layers cannot be decoded"
-        )

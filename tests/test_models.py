@@ -9,7 +9,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from depthutil import models, trajectory
+from depthutil import models, stream, trajectory
 
 SMALL = {
     "vocab_size": 40,
@@ -101,25 +101,80 @@ def test_sixteen_bits_and_a_bare_backbone_are_recorded_too(family):
         models.anatomy(backbone).logits(torch.zeros(1, 16))
 
 
-@pytest.mark.parametrize(
-    "family, changes",
-    [
-        ("falcon", {"num_kv_heads": 1}),
-        ("bloom", {"n_layer": 3, "n_head": 2}),
-        ("gpt_neo", {"num_layers": 3, "num_heads": 2, "attention_types": [[["global"], 3]]}),
-        ("stablelm", {"num_key_value_heads": 2}),
-    ],
-)
-def test_unknown_families_give_blocks_and_refuse_sublayers_by_name(family, changes):
-    model, ids = build(family, **changes), tokens()
-    assert models.anatomy(model).attention is None
-    states = trajectory.writes_of(model, ids).cumsum(0)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_what_is_measured_is_what_the_table_says(family, precision, monkeypatch):
+    model, ids = build(family).to(precision), tokens()
+    known = stream.measured(model, {"input_ids": ids}, head=False)
+    named = trajectory.record(model, [ids], "sublayer")
+    monkeypatch.delitem(models.FAMILIES, known.family)
+    assert models.anatomy(model).writes is None
+    found = stream.measured(model, {"input_ids": ids}, head=False)
+    for name in ("attention_write", "mlp_write", "attention", "mlp", "norm", "parallel", "writes"):
+        assert getattr(found, name) == getattr(known, name), name
+    assert found.parallel == (family in ("gpt_neox", "phi"))
+    measured = trajectory.record(model, [ids], "sublayer")
+    assert measured.table().equals(named.table())  # to the last bit
+
+
+OTHERS = {
+    "falcon": ({"num_kv_heads": 1}, ("self_attention", "mlp"), True),
+    "bloom": ({"n_layer": 3, "n_head": 2}, ("self_attention.dense", "mlp.dense_4h_to_h"), False),
+    "gpt_neo": (
+        {"num_layers": 3, "num_heads": 2, "attention_types": [[["global"], 3]]},
+        ("attn", "mlp"),
+        False,
+    ),
+    "gptj": ({"rotary_dim": 4}, ("attn", "mlp"), True),
+    "stablelm": ({"num_key_value_heads": 2}, ("self_attn", "mlp"), False),
+    "mixtral": ({**HEADS, "num_local_experts": 3}, ("self_attn", "mlp"), False),
+    "olmo": (HEADS, ("self_attn", "mlp"), False),
+    "cohere": ({**HEADS, "logit_scale": 0.3}, ("self_attn", "mlp"), True),
+    "granite": (
+        {**HEADS, "residual_multiplier": 0.4, "logits_scaling": 3.0},
+        ("self_attn", "mlp"),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_sublayers_of_families_without_a_row_are_found_by_what_they_write(family, precision):
+    changes, writes, parallel = OTHERS[family]
+    model, ids = build(family, **changes).to(precision), tokens()
+    assert models.anatomy(model).writes is None and models.anatomy(model).parallel is None
+    parts = stream.measured(model, {"input_ids": ids}, head=True)
+    for block, attention, mlp in zip(
+        parts.blocks, parts.attention_write, parts.mlp_write, strict=True
+    ):
+        assert (attention, mlp) == tuple(block.get_submodule(at) for at in writes)
+    assert parts.parallel is parallel
+    eps, scale = torch.finfo(precision).eps, changes.get("residual_multiplier", 1)
+    for write in (write for pair in parts.writes for write in pair):
+        assert write.scale == pytest.approx(scale, rel=5e-3 if eps > 1e-5 else 1e-6)
+    assert parts.scale == changes.get("logit_scale", 1 / changes.get("logits_scaling", 1))
     with torch.no_grad():
-        hidden = model(ids, output_hidden_states=True).hidden_states
-    theirs = torch.stack(hidden[:-1]).double()
-    assert (states[:-1] - theirs).abs().max() < 2e-6 * theirs.abs().max()
-    with pytest.raises(ValueError, match=rf"\({family}\) write is not known.*writes='block'"):
-        trajectory.record(model, [ids], "sublayer")
+        output = model(ids, output_hidden_states=True)
+    states = trajectory.writes_of(model, ids, "sublayer").cumsum(0)[::2]
+    theirs = torch.stack(output.hidden_states[:-1]).double()
+    assert (states[:-1] - theirs).abs().max() < 16 * eps * theirs.abs().max()
+    loss = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten()
+    )
+    assert trajectory.decode_early(model, [ids])["mean"].iloc[-1] == pytest.approx(
+        loss.item(), abs=10 * eps
+    )
+
+
+def test_a_block_of_one_write_has_no_sublayers_but_is_recorded():
+    model = build("mamba", state_size=4, num_hidden_layers=3)
+    parts = stream.measured(model, {"input_ids": tokens()}, head=False)
+    assert [len(writes) for writes in parts.writes] == [1, 1, 1]
+    assert parts.attention_write is parts.mlp_write is parts.parallel is None
+    assert trajectory.record(model, [tokens()]).depth == 3
+    with pytest.raises(ValueError, match=r"MambaForCausalLM \(mamba\) cannot be told.*'block'"):
+        trajectory.record(model, [tokens()], "sublayer")
 
 
 # Never a silent wrong figure ------------------------------------------------------------
@@ -136,8 +191,8 @@ def test_architectures_without_additive_blocks_are_refused_by_name():
             )
         )
     first = AutoConfig.for_model("openai-gpt", vocab_size=40, n_embd=16, n_layer=3, n_head=2)
-    with pytest.raises(ValueError, match="no list of blocks with a norm after it"):
-        models.anatomy(AutoModelForCausalLM.from_config(first))
+    with pytest.raises(ValueError, match=r"OpenAIGPTLMHeadModel.*post-norm"):
+        trajectory.record(AutoModelForCausalLM.from_config(first), [tokens()])
     with pytest.raises(TypeError, match="not a Linear"):
         models.anatomy(torch.nn.Linear(2, 2))
 
@@ -172,21 +227,17 @@ class PostNorm(torch.nn.Module):
 def test_a_post_norm_model_is_found_out_by_what_its_blocks_return():
     model = PostNorm()
     object.__setattr__(model, "base_model", model)
-    with pytest.raises(ValueError, match=r"PostNorm \(secret\).*normalise the stream itself"):
+    with pytest.raises(ValueError, match=r"PostNorm \(secret\).*normalises or rescales"):
         trajectory.record(model, [tokens()])
 
 
 @pytest.mark.parametrize("writes", ["block", "sublayer"])
-def test_writes_that_miss_the_state_are_refused(monkeypatch, writes):
+def test_a_row_of_the_table_that_is_wrong_is_found_out(monkeypatch, writes):
     # Granite multiplies what it adds: its sublayers' outputs are not its writes.
     granite = build("granite", residual_multiplier=0.5, **HEADS)
-    assert models.anatomy(granite).attention is None
-    trajectory.record(granite, [tokens()])  # by blocks it is right
     monkeypatch.setitem(models.FAMILIES, "granite", models.FAMILIES["llama"])
     with pytest.raises(ValueError, match="block 1 what attention and MLP write misses"):
         trajectory.record(granite, [tokens()], writes)
-    with pytest.raises(ValueError, match="does something to its logits"):
-        trajectory.decode_early(build("granite", logits_scaling=3.0, **HEADS), [tokens()])
 
 
 def test_a_block_that_runs_twice_is_refused():
