@@ -32,6 +32,7 @@ module          holds
 ``archive``     measurements that take longer than a chapter may: saved and
                 read with their provenance
 ``figures``     the book's look: theme, colours, recurring plots
+``checks``      what the book's check cells share
 =============== ==============================================================
 
 Import the module you need: ``from depthutil import scaling``. The package

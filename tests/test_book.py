@@ -3,6 +3,7 @@
 import ast
 import re
 
+import jupytext
 import nbformat
 import notebooks
 import pytest
@@ -48,6 +49,38 @@ def test_chapter_has_its_parts(page):
     assert "{cite:" in text.split("\n## Sources\n")[1], "no work cited among the sources"
 
 
+def _needs(page):
+    """Labels of the chapters that a chapter's first box says it builds on."""
+    box = re.search(r"\*\*Needs:\*\*(.*)", _source(page))
+    return set(re.findall(r"\{ref\}`([\w-]+)`", box.group(1))) if box else set()
+
+
+def _label(page):
+    return re.search(r"^\(([\w-]+)\)=\n+# ", _source(page), re.M).group(1)
+
+
+def test_what_a_chapter_needs_comes_before_it():
+    before = set()
+    for page in CHAPTERS:
+        assert _needs(page) <= before, f"{page} needs {_needs(page) - before}, which come later"
+        before.add(_label(page))
+
+
+def test_the_first_page_says_where_one_can_go_on():
+    first, *others = CHAPTERS
+    free = {_label(page) for page in others if _needs(page) == {_label(first)}}
+    read = _source("chapters/start/how_to_use").split("\n## Read\n")[1].split("\n\n")[0]
+    assert set(re.findall(r"\{ref\}`([\w-]+)`", read)) == free | {_label(first)}
+
+
+def test_a_check_cell_looks_like_no_other_cell():
+    css = (ROOT / "_static/book.css").read_text()
+    check = re.search(r"\.cell\.tag_check > \.cell_input \{(.*?)\}", css, re.S).group(1)
+    other = re.search(r"\.cell:not\(\.tag_check\) > \.cell_input \{(.*?)\}", css).group(1)
+    assert "background-color: var(--pst-color-success-bg)" in check
+    assert "border-left-color: var(--pst-color-border)" in other
+
+
 @pytest.mark.parametrize("page", CHAPTERS)
 def test_exercises_have_solutions(page):
     text = _source(page)
@@ -71,6 +104,41 @@ def test_check_cells_can_fail(page):
             assert names, f"an assertion about constants:\n{cell.source}"
         printed = "".join(o.get("text", "") for o in cell.outputs)
         assert re.search(r"\d", printed), f"a check that shows no measured value:\n{cell.source}"
+
+
+def _silent(statements, hidden=False):
+    """Assertions that an ``if`` may leave out without a word."""
+    for node in statements:
+        if isinstance(node, ast.Assert) and hidden:
+            yield ast.unparse(node)
+        elif isinstance(node, ast.If):
+            says_so = ast.unparse(node.test).startswith("checks.applies(")
+            yield from _silent(node.body, hidden or not says_so)
+            yield from _silent(node.orelse, hidden=True)
+        else:
+            yield from _silent(getattr(node, "body", []), hidden)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_check_that_is_left_out_says_so(page):
+    for cell in jupytext.read(ROOT / f"{page}.md").cells:
+        if "check" in cell.metadata.get("tags", []):
+            left_out = list(_silent(ast.parse(cell.source).body))
+            assert not left_out, f"write `if checks.applies(…):` around {left_out}"
+
+
+def test_a_silent_if_is_seen():
+    silent = "if a:\n    for b in c:\n        assert b > 0"
+    assert list(_silent(ast.parse(silent).body)) == ["assert b > 0"]
+    assert not list(_silent(ast.parse(silent.replace("a:", "checks.applies(a, 'no'):", 1)).body))
+    assert not list(_silent(ast.parse("for b in c:\n    assert b > 0").body))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_with_the_books_parameters_every_check_is_made(page):
+    for cell in _code(page):
+        printed = "".join(o.get("text", "") for o in cell.outputs)
+        assert "Not checked:" not in printed, cell.source
 
 
 @pytest.mark.parametrize("page", PAGES)
