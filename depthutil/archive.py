@@ -8,6 +8,7 @@ about a run is ever typed in by hand.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -61,6 +62,31 @@ def find(name: str) -> Path:
     )
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def _reason(error: OSError) -> str:
+    reasons = {
+        errno.ENOSPC: "the disk is full, make room or name another folder",
+        errno.EDQUOT: "your quota is used up, make room or name another folder",
+        errno.EACCES: "you may not write there, name another folder",
+        errno.EROFS: "nothing can be written there, name another folder",
+        errno.EISDIR: "it is a folder, name a file",
+        errno.ENOTDIR: "a file is in the place of one of its folders, name another",
+        errno.EEXIST: "a file is in the place of one of its folders, name another",
+    }
+    return reasons.get(error.errno, error.strerror or str(error))
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder and those it is in, or say which cannot be made and why."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"the folder {folder} cannot be made: {_reason(error)}"
+        raise type(error)(error.errno, message) from error
+
+
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """A place to write a file or a folder, which takes the place of ``path`` in the end.
@@ -79,7 +105,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     whole
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}")
     old = partial.with_name(partial.name + ".old")
     try:
@@ -91,6 +117,11 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
             with partial.open("r+b") as file:
                 os.fsync(file.fileno())  # the content before the name, on every file system
         os.replace(partial, path)
+    except OSError as error:
+        ours = {str(partial), None} if error.errno in _FULL else {str(partial)}
+        if error.filename not in ours:
+            raise  # of something else that the block did
+        raise type(error)(error.errno, f"{path} cannot be written: {_reason(error)}") from error
     finally:
         if old.exists() and not path.exists():
             os.replace(old, path)

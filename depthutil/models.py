@@ -9,9 +9,10 @@ turns texts into what both read. Needs the ``models`` extra.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from depthutil import _corpus, archive
+from depthutil import _checks, _corpus, archive
 
 #: For each ``model_type`` that is known by name, where in the backbone its blocks and its
 #: final norm are, and in a block, attention and MLP, and the two modules whose outputs are added to
@@ -139,6 +140,23 @@ class Anatomy:
         """How many tokens there are, as the configuration or else the embedding says."""
         size = getattr(_text_config(self.backbone.config), "vocab_size", None)
         return int(self.embedding.weight.shape[0] if size is None else size)
+
+    @property
+    def tokens(self) -> int:
+        """How many token ids the embedding has room for."""
+        weight = getattr(self.embedding, "weight", None)
+        return self.vocabulary if weight is None else int(weight.shape[0])
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for; None where there is no limit."""
+        config = _text_config(self.backbone.config)
+        room = getattr(config, "max_position_embeddings", None)
+        # Rotary frequencies that follow the length of the text have no limit.
+        rope = getattr(config, "rope_scaling", None) or {}
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "dynamic":
+            return None
+        return room if isinstance(room, int) and room > 0 else None
 
     @property
     def sublayers(self) -> bool:
@@ -387,7 +405,8 @@ def load(
         If the model is not on this machine and the hub cannot be reached; the message
         names the models that need no network.
     ValueError
-        If the hub has no such model, or arguments contradict each other.
+        If the hub has no such model, files are damaged or lack weights (which would be random),
+        the model brings code of its own, or arguments contradict each other.
     ImportError
         If ``transformers`` (or, for ``device_map``, ``accelerate``) is not installed.
 
@@ -412,15 +431,75 @@ def load(
             config = transformers.AutoConfig.from_pretrained(where, **options)
             device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
             dtype = dtype or _default_dtype(config, device, spread=device_map is not None)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                where, config=config, device_map=device_map, **{_dtype_word(): dtype}, **options
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                where,
+                config=config,
+                device_map=device_map,
+                output_loading_info=True,
+                **{_dtype_word(): dtype},
+                **options,
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
-        except OSError as error:
-            if folder is not None or not options["local_files_only"]:
-                raise
-            raise FileNotFoundError(_offline(where)) from error
+        except MemoryError:
+            raise
+        except Exception as error:
+            if folder is None and options["local_files_only"] and isinstance(error, OSError):
+                raise FileNotFoundError(_offline(where)) from error
+            raise _why_not(where, folder, error) from error
+    _check_weights(where, info)
     return Loaded((model if device_map is not None else model.to(device)).eval(), tokenizer)
+
+
+def _check_weights(where: str, info: dict[str, Any]) -> None:
+    """Refuse a model some of whose weights were not in its files, and so are random."""
+    missing, more = (sorted(info.get(key) or ()) for key in ("missing_keys", "unexpected_keys"))
+    if not missing:
+        return
+    wrapped = next((m for m in more if any(m.endswith("." + name) for name in missing)), None)
+    way = (
+        f"its names begin with something that is not the model's ({wrapped}): rename them, or save "
+        "the model from inside its wrapper"
+        if wrapped is not None
+        else "fetch it again, or load the class that it was saved as"
+    )
+    raise ValueError(
+        f"{where} lacks {len(missing):,} weights of the model, such as {missing[0]}, which would "
+        f"be random numbers: {way}"
+    )
+
+
+def _why_not(where: str, folder: Path | None, error: Exception) -> Exception:
+    """What went wrong, in a sentence that names the model and the way out."""
+    said = " ".join(str(error).split())
+    if "trust_remote_code" in said or "custom code" in said:
+        return ValueError(
+            f"{where} brings code of its own, which depthutil does not run: read it, load the "
+            "model with transformers' from_pretrained(..., trust_remote_code=True), and pass the "
+            "model to trajectory.record"
+        )
+    if folder is not None:
+        for path in _damaged(folder):
+            return ValueError(f"{path} is damaged or not whole: fetch it again ({said[:120]})")
+        if (folder / "adapter_config.json").is_file() and not any(folder.glob("*.safetensors")):
+            return ValueError(f"{folder} holds adapters only: load their base model, and add them")
+    return ValueError(f"{where} could not be loaded: {type(error).__name__}: {said[:300]}")
+
+
+def _damaged(folder: Path) -> Iterator[Path]:
+    """Files of a model that cannot be read to their end."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(path, "pt") as file:
+                    list(file.keys())
+            elif path.suffix == ".bin":
+                torch.load(path, map_location="meta", weights_only=True, mmap=True)
+        except Exception:
+            yield path
 
 
 def _transformers() -> ModuleType:
@@ -573,8 +652,7 @@ def texts(
     >>> [len(text) for text in texts("ladder-w64-d16-s0", 2, source="held-out", length=64)]
     [63, 63]
     """
-    if count < 1:
-        raise ValueError(f"count is at least 1, not {count!r}")
+    count, length = _checks.count(count, "count"), _checks.count(length, "length")
     if source is None:
         source = HELD_OUT if str(model) in available() else "HuggingFaceFW/fineweb"
     if source == HELD_OUT:
@@ -643,6 +721,8 @@ def batches(
     ------
     ValueError
         If no text has two tokens.
+    TypeError
+        If ``texts`` is a text, a table or tokens, or holds something else than texts.
 
     Examples
     --------
@@ -652,11 +732,20 @@ def batches(
     tensor([[1, 1, 1, 1, 1],
             [1, 1, 0, 0, 0]])
     """
-    if isinstance(texts, str):
+    if isinstance(texts, str | bytes):
         raise TypeError("texts is a list of texts: write [text] for one")
-    if length < 2 or size < 1:
-        raise ValueError(f"length is at least 2 and size at least 1, not {length} and {size}")
-    rows = [list(tokenizer(text)["input_ids"])[:length] for text in texts]
+    if isinstance(texts, Mapping) or hasattr(texts, "columns") or hasattr(texts, "input_ids"):
+        names = [repr(name) for name in (texts if isinstance(texts, Iterable) else ())]
+        raise TypeError(
+            f"texts is a list of texts, not a {_kind(texts)} of {', '.join(names)}: pass the "
+            "column that holds them, such as table['text'] (tokens need no batches)"
+        )
+    length, size = _checks.count(length, "length", low=2), _checks.count(size, "size")
+    rows = []
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {number} is a {_kind(text)} and no text: {str(text)[:40]!r}")
+        rows.append(list(tokenizer(text)["input_ids"])[:length])
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise ValueError("none of the texts has two tokens: there is nothing to predict")

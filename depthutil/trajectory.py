@@ -15,7 +15,6 @@ it back, or where a large update is nearly parallel to its state, it misplaces a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -32,7 +31,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import _runs, archive, models, stream
+from depthutil import _checks, _runs, archive, models, stream
 from depthutil.gram import STATISTICS, of_blocks, of_states, ratio, statistics
 from depthutil.moments import Moments, tally
 
@@ -582,15 +581,13 @@ def _settings(
     sample: int = 512,
     per_token: bool = False,
 ) -> dict[str, Any]:
-    if not isinstance(sample, int) or sample < 0:
-        raise ValueError(f"sample is a number of documents, not {sample!r}")
     return {
         "depth": depth,
         "sublayers": sublayers,
         "parallel": parallel,
         "normed": normed,
         "null": bool(null),
-        "sample": sample,
+        "sample": _checks.count(sample, "sample", low=0),
         "per_token": bool(per_token),
     }
 
@@ -858,10 +855,7 @@ def record(
     (['layer', 'mean', 'stderr', 'std'], 4)
     """
     parts = models.anatomy(model)
-    if writes not in ("block", "sublayer"):
-        raise ValueError(f"writes is 'block' or 'sublayer', not {writes!r}")
-    if not (callable(mask) or mask in ("next", "all")):
-        raise ValueError(f"mask is 'next', 'all' or a function, not {mask!r}")
+    _checks.word(writes, ("block", "sublayer"), "writes")
     name = _name(model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
@@ -873,7 +867,7 @@ def record(
     number, saved = -1, time.perf_counter()
     with stream.evaluating(model):
         for number, batch in enumerate(batches):
-            inputs, keep = _inputs(batch, mask, number)
+            inputs, keep = stream.inputs_of(batch, parts, mask, number)
             if sums is None:
                 parts = _measured(model, parts, inputs, writes)
                 settings = _settings(
@@ -887,12 +881,12 @@ def record(
                 )
                 sums = _Sums(settings)
                 if path is not None:
-                    identity = _identity(model, settings)
+                    identity = stream.fingerprint(model, settings)
                     if path.exists():
                         done, reached = _resume(path, identity, sums)
                 report = _runs.Progress(progress, total, done, of="batch")
             if path is not None:
-                digest = _chain(digest, inputs["input_ids"], keep)
+                digest = stream.fingerprint(digest, inputs, keep)
             if number < done:
                 if number == done - 1 and digest != reached:
                     raise ValueError(f"{path} is the checkpoint of a recording of other text")
@@ -966,51 +960,10 @@ def _finite(groups, document, position, number, device):
         # One sum tells: it is not finite if anything is not.
         if not math.isfinite(float(gram.sum())):
             bad = int((~torch.isfinite(gram).flatten(1).all(1)).nonzero()[0]) + start
-            raise FloatingPointError(
-                f"batch {number}: the states of row {int(document[bad])} at position "
-                f"{int(position[bad])} are not finite: load the model in another precision "
-                "(float16 overflows first), or leave that document out"
-            )
+            where = int(document[bad]), int(position[bad])
+            raise FloatingPointError(_not_finite(number, "states", *where))
         start += len(gram)
         yield gram, null
-
-
-def _inputs(batch: Any, mask: Any, number: int) -> tuple[dict[str, Tensor], Tensor]:
-    """A batch as the model takes it, and which positions count."""
-    known = ("input_ids", "attention_mask", "position_ids")
-    if isinstance(batch, Mapping) or hasattr(batch, "input_ids"):
-        inputs = {name: torch.as_tensor(batch[name]) for name in known if name in batch}
-        if "input_ids" not in inputs:
-            raise ValueError(f"batch {number} has no input_ids, but {sorted(batch)}")
-    elif isinstance(batch, str):
-        raise TypeError(f"batch {number} is a text: models.batches(tokenizer, texts) makes tokens")
-    else:
-        inputs = {"input_ids": torch.as_tensor(batch)}
-    ids = inputs["input_ids"]
-    if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
-        raise ValueError(
-            f"batch {number} must be token ids (documents, positions), not {ids.dtype} of shape "
-            f"{tuple(ids.shape)}: for one document, use ids[None]"
-        )
-    real = inputs.get("attention_mask", torch.ones_like(ids)).bool().cpu()
-    if real.shape != ids.shape:
-        raise ValueError(f"batch {number}: attention_mask {tuple(real.shape)} does not fit the ids")
-    if "position_ids" not in inputs and (real[:, 1:] & ~real[:, :-1]).any():
-        raise ValueError(
-            f"batch {number} is filled up on the left, which shifts positions: fill up on the "
-            "right (models.batches does), or give position_ids"
-        )
-    if callable(mask):
-        keep = torch.as_tensor(mask(ids, real)).bool().cpu()
-        if keep.shape != ids.shape:
-            raise ValueError(f"mask returned shape {tuple(keep.shape)}, not {tuple(ids.shape)}")
-        keep = keep & real
-    elif mask == "all":
-        keep = real
-    else:
-        keep = torch.zeros_like(real)
-        keep[:, :-1] = real[:, :-1] & real[:, 1:]
-    return inputs, keep
 
 
 def _product_device(parts: models.Anatomy) -> torch.device:
@@ -1052,9 +1005,8 @@ def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
     torch.Size([7, 1, 3, 4])
     """
     parts = models.anatomy(model)
-    if writes not in ("block", "sublayer"):
-        raise ValueError(f"writes is 'block' or 'sublayer', not {writes!r}")
-    inputs, _ = _inputs(batch, "all", 0)
+    _checks.word(writes, ("block", "sublayer"), "writes")
+    inputs, _ = stream.inputs_of(batch, parts, "all")
     rows = torch.arange(inputs["input_ids"].numel())
     with stream.evaluating(model):
         parts = _measured(model, parts, inputs, writes)
@@ -1066,24 +1018,6 @@ def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
 
 
 # Checkpoints and progress -----------------------------------------------------------------
-
-
-def _identity(model: nn.Module, settings: dict[str, Any]) -> str:
-    """What must be the same for a recording to be continued."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        if not parameter.is_meta:
-            some = parameter.detach().flatten()[:8].float().cpu()
-            digest.update(some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _chain(digest: str, ids: Tensor, keep: Tensor) -> str:
-    more = hashlib.sha256(digest.encode() + str(tuple(ids.shape)).encode())
-    more.update(ids.cpu().to(torch.int64).numpy().tobytes())
-    more.update(keep.numpy().tobytes())
-    return more.hexdigest()
 
 
 def _save(path: Path, identity: str, digest: str, sums: _Sums) -> None:
@@ -1167,7 +1101,8 @@ def decode_early(
     ([0, 1, 2], {'documents': 4, 'of': 6, 'tokens': 36})
     """
     parts = models.anatomy(model)
-    batches = [_inputs(batch, mask, number) for number, batch in enumerate(batches)]
+    documents = None if documents is None else _checks.count(documents, "documents")
+    batches = [stream.inputs_of(b, parts, mask, number) for number, b in enumerate(batches)]
     chosen, there = _spread(batches, documents)
     moments = Moments(parts.depth + (0 if through_last else 1), joint=False)
     report = _runs.Progress(progress, len(chosen), of="batch")
@@ -1182,6 +1117,7 @@ def decode_early(
             if number == 0:
                 parts = stream.measured(model, inputs, parts, head=True)
             losses = _losses(parts, inputs, rows, through_last)
+            _all_finite(losses, rows, ids.shape[1], number)
             inside = rows // ids.shape[1] == torch.arange(len(ids))[:, None]
             inside = inside.double()
             if moments.n.sum() == 0 and len(rows):
@@ -1199,6 +1135,20 @@ def decode_early(
     return table
 
 
+def _all_finite(losses: Tensor, rows: Tensor, length: int, number: int) -> None:
+    bad = (~torch.isfinite(losses).all(1)).nonzero()
+    if len(bad):
+        row, position = divmod(int(rows[bad[0]]), length)
+        raise FloatingPointError(_not_finite(number, "losses", row, position))
+
+
+def _not_finite(number: int, what: str, row: int, position: int) -> str:
+    return (
+        f"batch {number}: the {what} of row {row} at position {position} are not finite: load the "
+        "model in another precision (float16 overflows first), or leave that document out"
+    )
+
+
 def _spread(
     batches: list[tuple[dict[str, Tensor], Tensor]], documents: int | None
 ) -> tuple[list[tuple[dict[str, Tensor], Tensor]], int]:
@@ -1207,8 +1157,6 @@ def _spread(
     there = int(starts[-1])
     if documents is None or documents >= there:
         return batches, there
-    if documents < 1:
-        raise ValueError(f"documents is at least 1, not {documents}")
     rows = (np.arange(documents) * there) // documents
     result = []
     for start, stop, (inputs, keep) in zip(starts[:-1], starts[1:], batches, strict=True):

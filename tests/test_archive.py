@@ -1,3 +1,6 @@
+import errno
+import os
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -124,3 +127,38 @@ def test_a_folder_is_replaced_whole_and_a_failure_leaves_the_old_one(tmp_path):
         raise OSError("disk full")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert [path.name for path in target.iterdir()] == ["new.txt"]
+
+
+# What the disk says ---------------------------------------------------------------------
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "a").write_text("a file")
+    with pytest.raises(OSError, match=r"the folder .*a/b cannot be made: a file is in the place"):
+        with archive.replacing(tmp_path / "a" / "b" / "c.txt"):
+            pass
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inside").write_text("x")
+    with pytest.raises(OSError, match=r"folder cannot be written: it is a folder, name a file"):
+        with archive.replacing(tmp_path / "folder") as partial:
+            partial.write_text("x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "folder"]
+
+
+@pytest.mark.parametrize(
+    "code, reason", [(errno.ENOSPC, "the disk is full"), (errno.EACCES, "you may not write there")]
+)
+def test_a_full_disk_and_a_closed_folder_name_the_path(tmp_path, code, reason):
+    with pytest.raises(OSError, match=rf"here.txt cannot be written: {reason}") as caught:
+        with archive.replacing(tmp_path / "here.txt") as partial:
+            partial.write_text("half")
+            raise OSError(code, os.strerror(code), None if code == errno.ENOSPC else str(partial))
+    assert caught.value.errno == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_went_wrong_elsewhere_stays_what_it_was(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"other\.txt"):
+        with archive.replacing(tmp_path / "here.txt"):
+            open(tmp_path / "other.txt")
+    assert list(tmp_path.iterdir()) == []

@@ -1,9 +1,11 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -375,7 +377,7 @@ def test_batches_cut_fill_up_and_leave_out():
         models.batches(letters, ["x"])
     with pytest.raises(TypeError, match="list of texts"):
         models.batches(letters, "one text")
-    with pytest.raises(ValueError, match="length is at least 2"):
+    with pytest.raises(ValueError, match="length is a whole number of at least 2"):
         models.batches(letters, ["abc"], length=1)
 
 
@@ -390,7 +392,7 @@ def test_held_out_texts_are_pieces_of_all_documents():
     assert len(set(origin)) > 0.9 * len(documents)  # a piece may also stand in another file
     few = models.texts("any", 5, source="held-out", length=32)
     assert len(few) == 5 and set(few) <= set(ladder.held_out(length=32))
-    with pytest.raises(ValueError, match="count is at least 1, not 0"):
+    with pytest.raises(ValueError, match="count is a whole number of at least 1, not 0"):
         models.texts("any", 0)
 
 
@@ -443,3 +445,86 @@ def test_importing_the_modules_needs_no_transformers():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert isinstance(json.loads(done.stdout), list)
+
+
+# What is not whole ----------------------------------------------------------------------
+
+
+def weights_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture
+def copied(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "copied")
+
+
+def rewritten(copied, change):
+    from safetensors.torch import save_file
+
+    weights = change(weights_of(copied))
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
+
+
+def test_a_model_is_never_filled_up_with_random_weights(copied):
+    cut = rewritten(copied, lambda w: {k: v for k, v in w.items() if "1.mlp.up_proj" not in k})
+    with pytest.raises(ValueError, match=r"copied lacks 1 weights.*layers.1.mlp.up_proj.weight"):
+        models.load(cut)
+
+
+def test_a_wrappers_prefix_is_named(copied):
+    wrapped = rewritten(copied, lambda w: {f"_orig_mod.{k}": v for k, v in w.items()})
+    with pytest.raises(ValueError, match=r"lacks \d+ weights.*_orig_mod.*rename"):
+        models.load(wrapped)
+
+
+def test_a_weight_of_another_shape_is_refused(copied):
+    name = "model.layers.0.mlp.up_proj.weight"
+    bad = rewritten(copied, lambda w: {**w, name: torch.zeros(3, 3)})
+    with pytest.raises(ValueError, match="copied could not be loaded"):
+        models.load(bad)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+@pytest.mark.parametrize("cut", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"version 1"])
+def test_a_damaged_file_is_named(copied, name, cut):
+    path = copied / name
+    path.write_bytes(cut(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name} is damaged or not whole: fetch it again"):
+        models.load(copied)
+
+
+def test_code_of_its_own_is_not_run(copied):
+    config = json.loads((copied / "config.json").read_text())
+    config |= {"model_type": "mynet", "auto_map": {"AutoConfig": "configuration_mynet.C"}}
+    (copied / "config.json").write_text(json.dumps(config))
+    (copied / "configuration_mynet.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match=r"code of its own.*trust_remote_code=True.*record"):
+        models.load(copied)
+
+
+@pytest.mark.parametrize(
+    "texts, message",
+    [
+        ({"text": ["to be"]}, r"a dict of 'text'.*table\['text'\]"),
+        (pd.DataFrame({"text": ["to be"]}), r"a DataFrame of 'text'"),
+        (transformers.BatchEncoding({"input_ids": [[1, 2]]}), "tokens need no batches"),
+        (b"to be", "a list of texts"),
+        (["to be", None], "text 1 is a NoneType"),
+        ([[1, 2, 3]], "text 0 is a list"),
+    ],
+)
+def test_what_is_no_list_of_texts_is_refused(texts, message):
+    with pytest.raises(TypeError, match=message):
+        models.batches(lambda text: {"input_ids": [1, 2]}, texts)
+    frame = pd.DataFrame({"text": ["to be"]})
+    assert len(models.batches(lambda text: {"input_ids": [1, 2]}, frame["text"])) == 1
+
+
+@pytest.mark.parametrize("count", [0, -1, 2.5, "3", True])
+def test_how_many_texts_is_a_whole_number(count):
+    with pytest.raises(ValueError, match=rf"count is a whole number.*not {count!r}"):
+        models.texts("x", count, source="held-out")

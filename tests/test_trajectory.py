@@ -295,7 +295,7 @@ def test_other_masks(neox):
     assert trajectory.record(neox, [ids], mask=lambda ids, real: ids == ids[0, 2]).tokens >= 1
     with pytest.raises(ValueError, match="no position counts"):
         trajectory.record(neox, [ids[:, :1]])
-    with pytest.raises(ValueError, match="mask returned shape"):
+    with pytest.raises(ValueError, match="mask's function returned"):
         trajectory.record(neox, [ids], mask=lambda ids, real: real[:, 1:])
 
 
@@ -385,8 +385,18 @@ def test_the_model_is_left_as_it_was():
     assert trajectory.record(model, [tokens()]).angles().equals(one)  # no dropout
     assert [module.training for module in model.modules()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with pytest.raises(IndexError):
-        trajectory.record(model, [tokens() + 1000])
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args):
+        raise Stop
+
+    handle = model.transformer.ln_f.register_forward_hook(stop)
+    with pytest.raises(Stop):
+        trajectory.record(model, [tokens()])
+    handle.remove()
+    assert [module.training for module in model.modules()] == before
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -405,7 +415,7 @@ def test_the_model_is_left_as_it_was():
         (
             {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 2)},
             ValueError,
-            "does not fit",
+            "has shape",
         ),
     ],
 )
@@ -526,7 +536,7 @@ def test_a_sample_of_documents_is_spread_over_the_corpus(neox):
     everything = trajectory.decode_early(neox, corpus())
     assert everything.attrs["tokens"] == 33
     assert (some["stderr"] > 0).all()
-    with pytest.raises(ValueError, match="documents is at least 1"):
+    with pytest.raises(ValueError, match="documents is a whole number of at least 1, not 0"):
         trajectory.decode_early(neox, corpus(), documents=0)
     with pytest.raises(ValueError, match="no head"):
         trajectory.decode_early(neox.gpt_neox, corpus())
@@ -566,3 +576,158 @@ def test_what_is_no_whole_trajectory_is_named(tmp_path):
         Trajectory.load(path)
     with pytest.raises(FileNotFoundError):
         Trajectory.load(tmp_path / "other.npz")
+
+
+# What is given, and what a checkpoint knows ---------------------------------------------
+
+
+def left_filled():
+    """Rows that begin with filling, so that mask and positions decide every state."""
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = mask[2, :2] = 0
+    return {
+        "input_ids": tokens(3, 9),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_filling_on_the_left_changes_nothing(family):
+    model, batch = build(family), left_filled()
+    filled = trajectory.record(model, [batch], per_token=True)
+    decoded = trajectory.decode_early(model, [batch])
+    rows = [
+        ids[m.bool()][None]
+        for ids, m in zip(*map(batch.get, ("input_ids", "attention_mask")), strict=True)
+    ]
+    alone = trajectory.record(model, rows, per_token=True)
+    assert np.abs(filled.per_token["norms"] - alone.per_token["norms"]).max() < 1e-5
+    assert np.allclose(decoded["mean"], trajectory.decode_early(model, rows)["mean"], rtol=1e-5)
+
+
+def test_a_row_of_filling_between_tokens_is_not_seen():
+    model, batch = build("llama"), left_filled()
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][batch["attention_mask"] == 0] = 7
+    one, two = (trajectory.record(model, [b]).table() for b in (batch, other))
+    assert one.equals(two)
+
+
+def test_next_counts_positions_whose_next_token_is_real():
+    model, ids = build("llama"), tokens(2, 8)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    kept = {
+        how: trajectory.record(model, [batch], mask=how, per_token=True).per_token
+        for how in ("next", "all")
+    }
+    position = {how: kept[how]["position"].tolist() for how in kept}
+    assert position == {
+        "next": [*range(7), *range(4)],
+        "all": [*range(8), *range(5)],
+    }
+    assert trajectory.decode_early(model, [batch]).attrs["tokens"] == 11
+    assert trajectory.decode_early(model, [batch], mask="all").attrs["tokens"] == 11
+    first = trajectory.decode_early(
+        model, [batch], mask=lambda ids, real: real & (ids == ids[0, 0])
+    )
+    assert first.attrs["tokens"] < 11
+
+
+@pytest.mark.parametrize("call", [trajectory.record, trajectory.decode_early])
+def test_an_unknown_mask_is_no_mask(call):
+    with pytest.raises(ValueError, match="mask is 'next', 'all' or a function, not 'al'"):
+        call(build("llama"), [tokens()], mask="al")
+
+
+BAD = {
+    "half a mask": ({"attention_mask": torch.full((2, 12), 0.5)}, "and holds 0.5"),
+    "additive": ({"attention_mask": torch.full((2, 12), -torch.inf)}, "and holds -inf"),
+    "far": ({"position_ids": torch.arange(25, 37).expand(2, -1)}, "25 to 36.*room for 32"),
+    "before": ({"position_ids": torch.arange(-1, 11).expand(2, -1)}, "-1 to 10"),
+    "between": ({"position_ids": torch.rand(2, 12)}, "whole numbers of the shape"),
+    "negative": ({"input_ids": torch.full((2, 12), -100)}, "token id -100.*0 to 39"),
+    "beyond": ({"input_ids": torch.full((2, 12), 40)}, "token id 40.*0 to 39"),
+    "booleans": ({"input_ids": torch.ones(2, 12).bool()}, "not torch.bool"),
+    "complex": ({"input_ids": torch.ones(2, 12) * 1j}, "not torch.complex64"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("call", [trajectory.record, trajectory.decode_early])
+def test_what_lies_beyond_the_model_is_named(name, call):
+    change, message = BAD[name]
+    good = {"input_ids": tokens()}
+    with pytest.raises(ValueError, match=rf"batch 1.*{message}"):
+        call(build("llama"), [good, {**good, **change}])
+    with pytest.raises(ValueError, match=r"positions 0 to 32.*room for 32.*models.batches"):
+        call(build("gpt2"), [tokens(1, 33)])
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (lambda ids, real: torch.full(ids.shape, torch.nan), "holds nan"),
+        (lambda ids, real: ids / 7, "holds"),
+        (lambda ids, real: real[:, 1:], "has shape"),
+    ],
+)
+def test_what_a_mask_function_returns_is_looked_at(mask, message):
+    with pytest.raises(ValueError, match=f"mask's function returned for batch 0.*{message}"):
+        trajectory.record(build("llama"), [tokens()], mask=mask)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int16, np.int32, np.uint32, np.int64])
+def test_ids_of_any_integer_type_are_the_same(kind):
+    model, ids = build("llama"), tokens()
+    same = trajectory.record(model, [ids.numpy().astype(kind)])
+    assert same.table().equals(trajectory.record(model, [ids]).table())
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_loss_that_is_not_finite_is_named_in_every_batch(later):
+    model = build("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.inf
+    good = tokens()
+    good[good == 5] = 6
+    bad = good.clone()
+    bad[1, 3] = 5
+    # Attention multiplies what it may not see by zero, which of infinity is no number either.
+    message = rf"batch {later}: the (states|losses) of row 1 at position \d are not finite"
+    for call in (trajectory.decode_early, trajectory.record):
+        with pytest.raises(FloatingPointError, match=message):
+            call(model, [good] * later + [bad])
+
+
+CHANGES = {
+    "a weight": lambda m: m.model.layers[1].mlp.down_proj.weight.data[7, 7].mul_(1 + 1e-6),
+    "a buffer": lambda m: m.model.rotary_emb.inv_freq.mul_(1.01),
+    "configuration": lambda m: setattr(m.config, "rms_norm_eps", 1e-3),
+    "precision": lambda m: m.to(torch.float64),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_checkpoint_knows_its_model_to_the_last_bit(change, tmp_path):
+    path, model = tmp_path / "recording.npz", build("llama")
+    whole = trajectory.record(model, [tokens()], checkpoint=path)
+    assert (
+        trajectory.record(build("llama"), [tokens()], checkpoint=path).table().equals(whole.table())
+    )
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match="checkpoint of another recording"):
+        trajectory.record(model, [tokens()], checkpoint=path)
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "position_ids"])
+def test_a_checkpoint_knows_all_its_inputs(name, tmp_path):
+    path, model, batch = tmp_path / "recording.npz", build("llama"), left_filled()
+    trajectory.record(model, [batch], checkpoint=path)
+    other = {key: value.clone() for key, value in batch.items()}
+    other[name][1, 3] = {"input_ids": 4, "attention_mask": 0, "position_ids": 9}[name]
+    assert not torch.equal(other[name], batch[name])
+    with pytest.raises(ValueError, match="recording of other text"):
+        trajectory.record(model, [other], checkpoint=path)
