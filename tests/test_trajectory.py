@@ -606,12 +606,19 @@ def test_filling_on_the_left_changes_nothing(family):
     assert np.allclose(decoded["mean"], trajectory.decode_early(model, rows)["mean"], rtol=1e-5)
 
 
-def test_a_row_of_filling_between_tokens_is_not_seen():
-    model, batch = build("llama"), left_filled()
-    other = {**batch, "input_ids": batch["input_ids"].clone()}
-    other["input_ids"][batch["attention_mask"] == 0] = 7
-    one, two = (trajectory.record(model, [b]).table() for b in (batch, other))
-    assert one.equals(two)
+def test_a_hole_between_tokens_is_not_seen():
+    # Positions go on through it: of filling whose positions stand still, transformers would
+    # guess from them alone that it is another document.
+    model, mask = build("llama"), torch.ones(2, 9, dtype=torch.long)
+    mask[0, 3:5] = 0
+    batch = {"attention_mask": mask, "position_ids": torch.arange(9).expand(2, -1)}
+    one, other = ({**batch, "input_ids": tokens(2, 9)} for _ in range(2))
+    other["input_ids"] = torch.where(mask == 0, 7, one["input_ids"])
+    assert not torch.equal(one["input_ids"], other["input_ids"])
+    tables = [trajectory.record(model, [b]).table() for b in (one, other)]
+    assert tables[0].equals(tables[1])
+    decoded = [trajectory.decode_early(model, [b]) for b in (one, other)]
+    assert decoded[0].equals(decoded[1])
 
 
 def test_next_counts_positions_whose_next_token_is_real():
