@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from depthutil import _corpus, _grid, _ladder, ladder
+from depthutil import _arguments, _corpus, _grid, _ladder, ladder
 
 
 def plain(config: ladder.LadderConfig, depth: int, text: ladder.Corpus) -> Callable[[], None]:
@@ -88,8 +88,8 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depths", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--depths", type=_arguments.count, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rounds", type=_arguments.count, default=10)
     args = parser.parse_args()
     config = ladder.LadderConfig.at("cpu", test_every=10**6)
     text = ladder.corpus()

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import trajectory
+from depthutil import _arguments, trajectory
 
 
 def network(args: argparse.Namespace) -> torch.nn.Module:
@@ -123,14 +123,14 @@ def memory(args: argparse.Namespace) -> pd.DataFrame:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=24)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--vocabulary", type=int, default=50304)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--depth", type=_arguments.count, default=24)
+    parser.add_argument("--width", type=_arguments.count, default=512)
+    parser.add_argument("--length", type=_arguments.count, default=256)
+    parser.add_argument("--batch", type=_arguments.count, default=2)
+    parser.add_argument("--batches", type=_arguments.count, default=16)
+    parser.add_argument("--vocabulary", type=_arguments.count, default=50304)
+    parser.add_argument("--threads", type=_arguments.count, default=1)
+    parser.add_argument("--device", type=_arguments.device, default="cpu")
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--writes", default="block", help=argparse.SUPPRESS)

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import scaling
+from depthutil import _arguments, scaling
 
 
 def adam(runs: pd.DataFrame, steps: int) -> tuple[pd.Series, float]:
@@ -55,7 +55,9 @@ def timed(function, *args, repeats: int = 1):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--long", action="store_true", help="also 50,000 Adam steps")
-    parser.add_argument("--draws", type=int, default=200, help="bootstrap refits (200)")
+    parser.add_argument(
+        "--draws", type=_arguments.count, default=200, help="bootstrap refits (200)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
 

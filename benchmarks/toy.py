@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import kernels, toy, toy_model
+from depthutil import _arguments, kernels, toy, toy_model
 
 NO_GPU = "There is no GPU here"
 TARGET = "Target: figure 3b within 0.25 h on one H200, 100 times the rate of one by one."
@@ -244,11 +244,13 @@ def show(frame: pd.DataFrame) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1024])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=_arguments.count, nargs="+", default=[1])
+    parser.add_argument("--batch", type=_arguments.count, nargs="+", default=[1024])
+    parser.add_argument("--rounds", type=_arguments.count, default=3)
     parser.add_argument("--check", action="store_true", help="check the kernels on a GPU")
-    parser.add_argument("--steps", type=int, default=2000, help="of --check's training")
+    parser.add_argument(
+        "--steps", type=_arguments.count, default=2000, help="of --check's training"
+    )
     parser.add_argument("--tune", action="store_true", help="try other blocks on a GPU")
     args = parser.parse_args()
     gpu = torch.cuda.is_available()

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 
 def word(value: Any, choices: Iterable[str], name: str, *, other: str = "") -> str:
@@ -101,3 +102,93 @@ def counts(config: Any, names: tuple[str, ...]) -> None:
     """Make fields of a frozen dataclass positive integers, or say why they cannot be."""
     for name in names:
         object.__setattr__(config, name, count(getattr(config, name), name))
+
+
+def real(values: Any, name: str) -> np.ndarray:
+    """Real numbers in double precision; what a table calls missing is nan.
+
+    Examples
+    --------
+    >>> real(pd.array([1.5, None], dtype="Float64"), "loss").tolist()
+    [1.5, nan]
+    >>> real([1 + 2j], "loss")
+    Traceback (most recent call last):
+    ...
+    ValueError: loss must be real numbers, not complex128
+    """
+    if isinstance(values, pd.Series | pd.Index | pd.api.extensions.ExtensionArray):
+        kind = values.dtype
+        if kind == object:
+            return real(values.to_numpy(), name)
+        if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_complex_dtype(kind):
+            raise ValueError(f"{name} must be real numbers, not {kind}")
+        return np.array(pd.Series(values).to_numpy(dtype=float, na_value=np.nan))
+    array = np.asarray(values)
+    if array.dtype.kind == "O":
+        array = np.array([np.nan if x is pd.NA else x for x in array.ravel()]).reshape(array.shape)
+    if array.dtype.kind not in "iufb" and array.size:
+        raise ValueError(f"{name} must be real numbers, not {array.dtype}")
+    return array.astype(float)
+
+
+def positive(values: Any, name: str) -> np.ndarray:
+    """Real numbers that are all finite and above 0.
+
+    Examples
+    --------
+    >>> positive([0.5, float("nan")], "stderr")
+    Traceback (most recent call last):
+    ...
+    ValueError: stderr must be finite and above 0, but is nan in row 1 (1 such): leave those out
+    """
+    numbers = real(values, name)
+    bad = ~(np.isfinite(numbers) & (numbers > 0))
+    if bad.any():
+        at = tuple(int(i) for i in np.argwhere(bad)[0])
+        row = values.index[at[0]] if isinstance(values, pd.Series) else at[0]
+        raise ValueError(
+            f"{name} must be finite and above 0, but is {numbers[at]:g} in row {row} "
+            f"({bad.sum()} such): leave those out"
+        )
+    return numbers
+
+
+def columns(table: Any, names: Iterable[str], what: str = "runs") -> None:
+    """Columns of a table that are there and hold positive, finite, real numbers."""
+    if not isinstance(table, pd.DataFrame):
+        raise TypeError(f"{what} must be a pandas DataFrame, not {type(table).__name__}")
+    for name in names:
+        if name not in table:
+            raise ValueError(f"{what} need a column {name!r}; they have {list(table.columns)}")
+        positive(table[name], f"column {name!r}")
+
+
+def wide(table: pd.DataFrame, index: list[str], across: str, value: str) -> pd.DataFrame:
+    """A table with a column for each entry of ``across``: no gap, no entry with two values.
+
+    Examples
+    --------
+    >>> runs = pd.DataFrame({"seed": [0, 0, 1], "depth": [2, 4, 2], "loss": [0.5, 0.2, 0.4]})
+    >>> wide(runs, ["seed"], "depth", "loss")
+    Traceback (most recent call last):
+    ...
+    ValueError: loss is missing or not finite at seed 1, depth 4 (1 such of 4): leave out seed 1
+    """
+    table = table[[*index, across, value]].drop_duplicates()
+    twice = table.duplicated([*index, across])
+    if twice.any():
+        row = table[twice].iloc[0]
+        where = ", ".join(f"{name} {row[name]:g}" for name in (*index, across))
+        raise ValueError(f"{value} has two values at {where}: say which run is meant")
+    result = table.pivot(index=index, columns=across, values=value)
+    bad = ~np.isfinite(real(result.to_numpy(), value))
+    if bad.any():
+        i, j = np.argwhere(bad)[0]
+        key = result.index[i] if isinstance(result.index[i], tuple) else (result.index[i],)
+        pairs = zip((*index, across), (*key, result.columns[j]), strict=True)
+        where = ", ".join(f"{name} {entry:g}" for name, entry in pairs)
+        raise ValueError(
+            f"{value} is missing or not finite at {where} ({bad.sum()} such of {bad.size}): "
+            f"leave out {index[-1]} {key[-1]:g}"
+        )
+    return result

@@ -9,6 +9,7 @@ about a run is ever typed in by hand.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ import pyarrow.parquet as pq
 from depthutil import __version__
 
 _KEY = b"depthutil"
+_SUM = b"depthutil.sha256"
 _PACKAGE = Path(__file__).resolve().parent
 _REQUIRED = ("config", "seeds", "scale", "device", "date", "wall_seconds", "version", "commit")
 
@@ -225,9 +227,19 @@ def save(
         "version": __version__,
         "commit": _commit(),
     } | ({"method": method} if method else {})
+    if not isinstance(frame, pd.DataFrame):
+        raise TypeError(f"frame is a pandas DataFrame, not a {type(frame).__name__}")
+    index = frame.index
+    if any(name is not None for name in index.names) or not pd.api.types.is_integer_dtype(index):
+        names = [name for name in index.names if name is not None] or [str(index.dtype)]
+        raise ValueError(
+            f"the index of the frame ({', '.join(map(str, names))}) would be lost: make it a "
+            "column, frame.reset_index()"
+        )
     table = pa.Table.from_pandas(frame, preserve_index=False)
+    about = json.dumps(provenance).encode()
     table = table.replace_schema_metadata(
-        {**(table.schema.metadata or {}), _KEY: json.dumps(provenance).encode()}
+        {**(table.schema.metadata or {}), _KEY: about, _SUM: _checksum(table, about)}
     )
     with replacing(path) as partial:
         pq.write_table(table, partial, write_page_checksum=True)
@@ -259,8 +271,12 @@ def load(name: str | os.PathLike) -> Archived:
         raise ValueError(
             f"{path} is not a whole Parquet file: fetch or make it again ({error})"
         ) from error
+    metadata = table.schema.metadata or {}
+    # Pages of numbers have checksums of their own; this is for names and provenance.
+    if metadata.get(_SUM, b"") not in (b"", _checksum(table, metadata.get(_KEY, b""))):
+        raise ValueError(f"{path} is damaged in its provenance: fetch or make it again")
     try:
-        provenance = json.loads((table.schema.metadata or {})[_KEY])
+        provenance = json.loads(metadata[_KEY])
         missing = [key for key in _REQUIRED if key not in provenance]
     except (KeyError, ValueError, TypeError):
         missing = list(_REQUIRED)
@@ -272,10 +288,25 @@ def load(name: str | os.PathLike) -> Archived:
     return Archived(frame, provenance)
 
 
+def _checksum(table: pa.Table, about: bytes) -> bytes:
+    """Of what a table's columns are called and of its provenance."""
+    columns = json.dumps([[column.name, str(column.type)] for column in table.schema])
+    return hashlib.sha256(columns.encode() + about).hexdigest().encode()
+
+
 def _commit() -> str:
     """The commit of the clone this package runs from, with '+' if files differ from it."""
     git = ["git", "-C", str(_PACKAGE.parent)]
     try:
+        # Another repository may hold the folder of an installed package.
+        top = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel"], capture_output=True, text=True, check=True
+        )
+        known = subprocess.run(
+            [*git, "ls-files", "--error-unmatch", "depthutil/archive.py"], capture_output=True
+        )
+        if known.returncode or Path(top.stdout.strip()).resolve() != _PACKAGE.parent.resolve():
+            return "unknown"
         head = subprocess.run(
             [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
         )

@@ -17,7 +17,7 @@ from string import Template
 import numpy as np
 import pandas as pd
 
-from depthutil import figures
+from depthutil import _checks, figures
 
 _COLUMNS = ("width", "depth", "tokens", "loss")
 _TERMS = (("depth", "ℓ", "ℓ"), ("width", "m", "m"), ("data", "D", "D"))
@@ -125,18 +125,11 @@ def _check_runs(runs) -> dict[str, list[float]]:
     missing = [name for name in _COLUMNS if name not in runs]
     if missing:
         raise ValueError(f"runs lacks {', '.join(missing)}: it needs {', '.join(_COLUMNS)}")
-    columns = {}
-    for name in _COLUMNS:
-        values = pd.to_numeric(runs[name], errors="coerce").to_numpy(float)
-        bad = ~(np.isfinite(values) & (values > 0))
-        if bad.any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"{name} of run {row} is {runs[name].iloc[row]}: "
-                "every value must be a positive finite number; drop or correct that run"
-            )
-        # Seven digits are more than any of these was measured to.
-        columns[name] = [_short(value, 7) for value in values]
+    _checks.columns(runs, _COLUMNS)
+    # Seven digits are more than any of these was measured to.
+    columns = {
+        name: [_short(value, 7) for value in _checks.real(runs[name], name)] for name in _COLUMNS
+    }
     for name in ("width", "depth"):
         if len(set(columns[name])) < 2:
             raise ValueError(

@@ -79,7 +79,14 @@ def of_states(states: Any) -> np.ndarray:
         bad = int(np.argmax(~np.isfinite(states).all(axis=(1, 2))))
         raise ValueError(f"states[{bad}] holds numbers that are not finite: leave those inputs out")
     writes = np.concatenate([states[:1], np.diff(states, axis=0)]).transpose(1, 0, 2)
-    return writes @ writes.transpose(0, 2, 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        result = writes @ writes.transpose(0, 2, 1)
+    if not np.isfinite(result).all():
+        raise ValueError(
+            f"states as large as {np.abs(states).max():.1e} overflow when they are squared: divide "
+            "them by a common number, which changes no angle"
+        )
+    return result
 
 
 def of_blocks(gram: Tensor) -> Tensor:

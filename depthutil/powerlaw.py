@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from depthutil import _checks
+
 #: What a decline must keep to be called a power law: ``scatter``, the root mean square
 #: distance from the line in units of the logarithm, and ``drift``, the change of the local
 #: exponent over the range, as a fraction of the exponent.
@@ -92,7 +94,7 @@ def fit(depths: Any, losses: Any, stderr: Any = None) -> PowerLaw:
     >>> fit(depths, 1 / depths + 0.1).is_power_law  # levels off
     False
     """
-    depths, losses = np.asarray(depths, dtype=float), np.asarray(losses, dtype=float)
+    depths, losses = _checks.real(depths, "depths"), _checks.real(losses, "losses")
     if losses.ndim not in (1, 2) or depths.shape != losses.shape[:1] or losses.size == 0:
         raise ValueError(
             f"losses must be (depths,) or (depths, seeds) for {depths.size} depths, "
@@ -134,9 +136,9 @@ def fit(depths: Any, losses: Any, stderr: Any = None) -> PowerLaw:
 
 
 def _positive(stderr: Any, shape: tuple[int, ...]) -> np.ndarray:
-    errors = np.asarray(stderr, dtype=float)
-    if errors.shape != shape or not (np.isfinite(errors).all() and (errors > 0).all()):
-        raise ValueError(f"stderr is one positive number for each loss, not {errors.tolist()}")
+    errors = _checks.positive(stderr, "stderr")
+    if errors.shape != shape:
+        raise ValueError(f"stderr has shape {errors.shape}, and losses {shape}")
     return errors
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthutil import powerlaw
+from depthutil import _checks, powerlaw
 from depthutil.powerlaw import PowerLaw as PowerLaw
 from depthutil.signatures import diagnose as diagnose
 from depthutil.signatures import signature as signature
@@ -289,8 +289,7 @@ def compositional(
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a whole number, 1 or larger, not {size!r}")
+        _checks.count(size, name)
 
 
 def _levels(levels, folds: int, inputs: int, rng: np.random.Generator) -> np.ndarray:
@@ -425,7 +424,7 @@ def learn_folds(
     """
     import torch
 
-    depths = [int(depth) for depth in depths]
+    depths = list(depths)
     _check_sizes(folds=folds, seeds=seeds, steps=steps, **{f"depths[{d}]": d for d in depths})
     if not depths:
         raise ValueError("depths is empty: name at least one number of layers")
@@ -582,6 +581,6 @@ def fit_exponent(depths, losses=None, stderr=None) -> PowerLaw:
     exponent 1.01 ± 0.01 (a power law)
     """
     if isinstance(depths, pd.DataFrame):
-        table = depths.pivot(index="depth", columns="seed", values="loss")
+        table = _checks.wide(depths, ["depth"], "seed", "loss")
         depths, losses = table.index.to_numpy(), table.to_numpy()
     return powerlaw.fit(depths, losses, stderr)

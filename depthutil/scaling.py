@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from depthutil import _solver
+from depthutil import _checks, _solver
 from depthutil._solver import ALPHA_MAX
 
 #: The laws that :func:`fit` knows, by the quantities whose power laws they add.
@@ -75,7 +75,7 @@ def drop_highest(runs: pd.DataFrame, count: int = 40) -> pd.DataFrame:
     >>> len(drop_highest(load_chinchilla(), 40))
     203
     """
-    _check_columns(runs, ("loss",))
+    _checks.columns(runs, ("loss",))
     if not 0 <= count < len(runs):
         raise ValueError(
             f"count must be from 0 to {len(runs) - 1} for {len(runs)} runs, not {count}"
@@ -101,39 +101,24 @@ def _law_of(params: pd.Series) -> str:
     raise ValueError(f"no law has the parameters {list(params.index)}; the laws are {list(LAWS)}")
 
 
-def _check_law(law: str) -> None:
-    if law not in LAWS:
-        raise ValueError(f"law must be one of {list(LAWS)}, not {law!r}")
-
-
-def _check_columns(runs: pd.DataFrame, columns: Iterable[str]) -> None:
-    if not isinstance(runs, pd.DataFrame):
-        raise TypeError(f"runs must be a pandas DataFrame, not {type(runs).__name__}")
-    for column in columns:
-        if column not in runs:
-            raise ValueError(f"runs need a column {column!r}; they have {list(runs.columns)}")
-        if not pd.api.types.is_numeric_dtype(runs[column]):
-            raise ValueError(f"column {column!r} must hold numbers, not {runs[column].dtype}")
-        bad = ~(np.isfinite(runs[column]) & (runs[column] > 0))
-        if bad.any():
-            row = bad.idxmax()
-            raise ValueError(
-                f"{column!r} must be finite and above 0, but is {runs[column].loc[row]} in row "
-                f"{row} ({bad.sum()} such): leave those runs out"
-            )
-
-
 def _inputs(runs: pd.DataFrame, law: str, depth_offset: float) -> np.ndarray:
     """Logarithms of the law's inputs, (terms, runs), after checking them."""
-    _check_law(law)
-    _check_columns(runs, map(_column, LAWS[law]))
+    _checks.word(law, LAWS, "law")
+    _checks.columns(runs, map(_column, LAWS[law]))
+    _checks.number(depth_offset, "depth_offset")
     if depth_offset and len(runs) and not depth_offset < runs["depth"].min():
         raise ValueError(
             f"depth_offset must be below the smallest depth, {runs['depth'].min()}, "
             f"not {depth_offset}"
         )
     shift = {"depth": depth_offset}
-    return np.log([runs[_column(part)].to_numpy(float) - shift.get(part, 0) for part in LAWS[law]])
+    columns = {part: _checks.real(runs[_column(part)], part) for part in LAWS[law]}
+    return np.log([column - shift.get(part, 0) for part, column in columns.items()])
+
+
+def _log_losses(runs: pd.DataFrame) -> np.ndarray:
+    _checks.columns(runs, ("loss",))
+    return np.log(_checks.real(runs["loss"], "loss"))
 
 
 # ------------------------------------------------------------------ the law
@@ -166,6 +151,9 @@ def terms(params: pd.Series, runs: pd.DataFrame, *, depth_offset: float = 0) -> 
     2    0.5  1.5
     """
     law = _law_of(params)
+    absent = params.index[~np.isfinite(_checks.real(params, "params"))]
+    if len(absent):
+        raise ValueError(f"params hold no finite number for {absent[0]}: fit or fix it")
     x = _inputs(runs, law, depth_offset)
     parts = {
         part: params[f"c_{part}"] * np.exp(-params[f"alpha_{part}"] * x[k])
@@ -202,20 +190,21 @@ def _check_fit(runs, law, depth_offset, fixed, huber_delta) -> tuple[np.ndarray,
     for name, number in fixed.items():
         if name not in _names(law):
             raise ValueError(f"fixed names {name!r}; law {law!r} has {_names(law)}")
-        if not (np.isfinite(number) and number >= 0):
-            raise ValueError(f"fixed[{name!r}] must be finite and at least 0, not {number}")
+        _checks.number(number, f"fixed[{name!r}]", low=0)
         if name.startswith("alpha_") and number > ALPHA_MAX:
             raise ValueError(f"fixed[{name!r}] must be at most {ALPHA_MAX:g}, not {number}")
     if depth_offset and "depth" not in LAWS[law]:
         raise ValueError(f"law {law!r} has no depth, so depth_offset={depth_offset} has no meaning")
-    if huber_delta is not None and not huber_delta > 0:
-        raise ValueError(
-            f"huber_delta must be above 0, or None for least squares, not {huber_delta}"
-        )
+    if huber_delta is not None:  # for least squares
+        _checks.number(huber_delta, "huber_delta", low=0, above=True)
     free = len(_names(law)) - len(fixed)
-    if len(runs) < max(free, 1):
+    different = len(np.unique(x, axis=1).T)
+    if min(len(runs), different) < max(free, 1):
         raise ValueError(
             f"{len(runs)} runs cannot determine {free} parameters: bring more runs, or fix some"
+            if len(runs) < max(free, 1)
+            else f"runs at {different} different settings cannot determine {free} parameters: "
+            "bring others, or fix some"
         )
     for part, row in zip(LAWS[law], x, strict=True):
         if np.ptp(row) == 0 and not {f"c_{part}", f"alpha_{part}"} <= fixed.keys():
@@ -223,6 +212,13 @@ def _check_fit(runs, law, depth_offset, fixed, huber_delta) -> tuple[np.ndarray,
                 f"{_column(part)} is {runs[_column(part)].iloc[0]} in every run, so its term "
                 f"cannot be told from L0: vary it, choose a law without it, or fix "
                 f"c_{part} and alpha_{part}"
+            )
+        needed = 1 + len({f"c_{part}", f"alpha_{part}"} - fixed.keys()) - ("L0" in fixed)
+        if len(np.unique(row)) < needed:
+            raise ValueError(
+                f"{_column(part)} takes {len(np.unique(row))} values, and its coefficient and "
+                f"exponent need {needed} beside a floor: bring others, or fix c_{part} or "
+                f"alpha_{part}"
             )
     return x, fixed
 
@@ -271,9 +267,7 @@ def fit(
     {'c_depth': 2.0, 'alpha_depth': 1.0, 'L0': 1.5}
     """
     x, fixed = _check_fit(runs, law, depth_offset, fixed, huber_delta)
-    _check_columns(runs, ("loss",))
-    problem = _problem(x, law, fixed, huber_delta)
-    y = np.log(runs["loss"].to_numpy(float))
+    problem, y = _problem(x, law, fixed, huber_delta), _log_losses(runs)
     theta, value = _solver.search_wide(problem, y)
     names = _names(law)
     return ScalingFit(
@@ -320,7 +314,7 @@ def fit_many(
     [2.0, 3.0]
     """
     x, fixed = _check_fit(runs, law, depth_offset, fixed, None)
-    losses = np.asarray(losses, dtype=float)
+    losses = _checks.real(losses, "losses")
     if losses.ndim != 2 or losses.shape[1] != len(runs):
         raise ValueError(f"losses must have shape (sets, {len(runs)}), not {losses.shape}")
     if not (np.isfinite(losses) & (losses > 0)).all():
@@ -432,7 +426,8 @@ class ScalingFit:
 
     def residuals(self) -> pd.Series:
         """Log of observed over predicted loss: near 0, the relative error."""
-        return np.log(self.runs["loss"] / self.predict()).rename("residual")
+        residuals = _log_losses(self.runs) - np.log(self.predict().to_numpy())
+        return pd.Series(residuals, index=self.runs.index, name="residual")
 
     def refit(self, runs: pd.DataFrame | None = None, **changes) -> ScalingFit:
         """The same law and options on other ``runs``, or with some options changed.
@@ -476,7 +471,7 @@ class ScalingFit:
             ),
             f"{'':<12}{'estimate':>10}{'std. error':>13}{f'{100 * level:g} % interval':>21}",
         ]
-        quantile = stats.t.ppf(0.5 + level / 2, max(len(self.runs) - self.n_free, 1))
+        quantile = stats.t.ppf(0.5 + _level(level) / 2, max(len(self.runs) - self.n_free, 1))
         for name, estimate in self.params.items():
             if name in self.fixed:
                 lines.append(f"{name:<12}{estimate:>10.4g}{'fixed':>13}")
@@ -493,7 +488,7 @@ class ScalingFit:
     def _parts(self) -> tuple[_solver.Problem, np.ndarray, np.ndarray]:
         x = _inputs(self.runs, self.law, self.depth_offset)
         problem = _problem(x, self.law, self.fixed, self.huber_delta)
-        y = np.log(self.runs["loss"].to_numpy(float))
+        y = _log_losses(self.runs)
         return problem, y, _solver.standard(problem, self.params.to_numpy())
 
     def _refit_weighted(self, weights: np.ndarray) -> pd.DataFrame:
@@ -529,12 +524,13 @@ class ScalingFit:
         >>> bool(0.8 < low < high < 2.0)
         True
         """
-        if n < 1:
-            raise ValueError(f"n must be at least 1 resample, not {n}")
+        n = _checks.count(n, "n")
         if by is None:
             return self._refit_weighted(_resample(len(self.runs), n, seed))
-        _check_columns(self.runs, by := list(by))
+        _checks.columns(self.runs, by := list(by))
         group = self.runs.groupby(by).ngroup().to_numpy()
+        if group.max() == 0:
+            raise ValueError(f"all runs are of one group by {by}: there is nothing to resample")
         return self._refit_weighted(_resample(group.max() + 1, n, seed)[:, group])
 
     def profile(self, name: str, level: float = 0.95, points: int = 41) -> Profile:
@@ -562,6 +558,8 @@ class ScalingFit:
         if name not in self.params.index or name in self.fixed:
             free = [p for p in self.params.index if p not in self.fixed]
             raise ValueError(f"name must be a free parameter, one of {free}, not {name!r}")
+        level = _level(level)
+        points = _checks.count(points, "points", low=2)
         best, threshold = self.params[name], float(stats.chi2.ppf(level, 1))
         limit = ALPHA_MAX if name.startswith("alpha_") else np.inf
         step = self.stderr[name] if np.isfinite(self.stderr[name]) else max(abs(best), 0.1)
@@ -585,8 +583,7 @@ class ScalingFit:
         """Twice the drop of the log likelihood with ``name`` held at each of some values."""
         if self.huber_delta is not None:
             raise ValueError("a Huber fit has no normal likelihood: fit with huber_delta=None")
-        x = _inputs(self.runs, self.law, self.depth_offset)
-        y = np.log(self.runs["loss"].to_numpy(float))
+        x, y = _inputs(self.runs, self.law, self.depth_offset), _log_losses(self.runs)
         index, n = self.params.index.get_loc(name), len(y)
 
         def held(value: float) -> _solver.Problem:
@@ -631,7 +628,8 @@ class ScalingFit:
         (10, 3)
         """
         size = len(self.runs)
-        held = round(fraction * size)
+        held = round(_checks.number(fraction, "fraction", low=0, high=1) * size)
+        splits = _checks.count(splits, "splits", low=0)
         if splits < 1 or held < 1 or size - held < self.n_free:
             raise ValueError(
                 f"cannot hold out {fraction:g} of {size} runs, {splits} times, and fit "
@@ -640,7 +638,7 @@ class ScalingFit:
         rng = np.random.default_rng(seed)
         out = np.array([rng.permutation(size) < held for _ in range(splits)])
         params = self._refit_weighted(~out)
-        y = np.log(self.runs["loss"].to_numpy())
+        y = _log_losses(self.runs)
         rows = []
         for mask, (_, law) in zip(out, params.iterrows(), strict=True):
             r = np.log(predict(law, self.runs, depth_offset=self.depth_offset).to_numpy()) - y
@@ -652,6 +650,13 @@ class ScalingFit:
                 }
             )
         return pd.DataFrame(rows).rename_axis("split")
+
+
+def _level(level: float) -> float:
+    """A confidence level, between 0 and 1."""
+    if not 0 < _checks.number(level, "level", low=0, high=1) < 1:
+        raise ValueError(f"level lies between 0 and 1, such as 0.95, and is not {level!r}")
+    return float(level)
 
 
 def _resample(size: int, n: int, seed: int) -> np.ndarray:
@@ -770,9 +775,7 @@ def optimal_shape(
         law = law.params
     if _law_of(law) != "width-depth-data":
         raise ValueError(f"optimal_shape needs the law 'width-depth-data', not {_law_of(law)!r}")
-    n = np.asarray(list(n_params), dtype=float)
-    if not (np.isfinite(n) & (n > 0)).all():
-        raise ValueError(f"n_params must be finite and above 0, not {list(n)}")
+    n, level = _checks.positive(list(n_params), "n_params"), _level(level)
 
     def shape(p) -> pd.DataFrame:
         cw, cd, a, b = (p[k] for k in ("c_width", "c_depth", "alpha_width", "alpha_depth"))
@@ -836,8 +839,12 @@ def adam_path(
     """
     law = "width-depth-data"
     x, _ = _check_fit(runs, law, 0, None, None)
-    _check_columns(runs, ("loss",))
-    y = np.log(runs["loss"].to_numpy(float))
+    y = _log_losses(runs)
+    steps, every = _checks.count(steps, "steps", low=0), _checks.count(every, "every")
+    _checks.number(learning_rate, "learning_rate", low=0, above=True)
+    for name, value in dict(start or {}).items():
+        _checks.word(name, _names(law), "a name in start")
+        _checks.number(value, f"start[{name!r}]", low=0, above=name.startswith("c_"))
     first = {"c_width": 400, "c_depth": 4, "c_data": 400, "L0": 1} | dict(start or {})
     theta = np.array([first.get(name, 1.0) for name in _names(law)], dtype=float)
     theta[:3] = np.log(theta[:3])

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from depthutil import _checks
 from depthutil.gram import of_states as gram
 
 #: What :func:`diagnose` compares the signature with; see there.
@@ -160,9 +161,20 @@ def signature(states: Any = None, *, gram_matrix: np.ndarray | None = None) -> S
         raise ValueError("give either states or gram_matrix, and not both")
     if hasattr(states, "grams"):
         states, gram_matrix = None, states.grams()
-    g = gram(states) if gram_matrix is None else np.asarray(gram_matrix, dtype=float)
+    g = gram(states) if gram_matrix is None else _checks.real(gram_matrix, "gram_matrix")
     if g.ndim != 3 or g.shape[1] != g.shape[2]:
         raise ValueError(f"gram_matrix must be (inputs, depth + 1, depth + 1), not {g.shape}")
+    finite = np.isfinite(g).all(axis=(1, 2))
+    if not finite.all():
+        raise ValueError(
+            f"gram_matrix of input {int(np.argmin(finite))} holds numbers that are not finite "
+            f"({(~finite).sum()} such of {len(g)}): leave those inputs out"
+        )
+    if not np.abs(g).max() < 1e75:  # fourth powers of states are still to come
+        raise ValueError(
+            f"gram_matrix holds numbers as large as {np.abs(g).max():.1e}, which overflow: divide "
+            "the states by a common number, which changes no angle"
+        )
     g = g[:, 1:, 1:]
     square = np.einsum("nll->nl", g)
     moving = square.sum(axis=1) > 0

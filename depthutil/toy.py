@@ -36,7 +36,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, _runs, archive, kernels, powerlaw
+from depthutil import _checks, _grid, _runs, archive, kernels, powerlaw
 from depthutil.toy_model import GRID, Network, ToyConfig, train_plainly
 
 __all__ = [
@@ -331,7 +331,10 @@ def exponent(
     frame = frame[frame["step"].isin(steps) & frame["depth"].isin(depths)]
     rows = []
     for (rho, temperature, step), part in frame.groupby(["rho", "temperature", "step"]):
-        table = part.pivot_table(index=["teacher", "seed"], columns="depth", values="loss")
+        try:
+            table = _checks.wide(part, ["teacher", "seed"], "depth", "loss")
+        except ValueError as error:
+            raise ValueError(f"rho {rho:g}, temperature {temperature:g}: {error}") from error
         rows.append({"rho": rho, "temperature": temperature, "step": step, **_power_law(table)})
     return pd.DataFrame(rows)
 
@@ -339,7 +342,7 @@ def exponent(
 def _power_law(table: pd.DataFrame) -> dict[str, Any]:
     """Fit log loss; a student's seed is a row of the table, and a depth a column."""
     # Seeds of one teacher are no independent teachers: average them first.
-    each = np.exp(np.log(table.dropna()).groupby("teacher").mean())
+    each = np.exp(np.log(table).groupby("teacher").mean())
     law = powerlaw.fit(each.columns, each.T)
     return {
         "alpha": law.exponent,

@@ -166,8 +166,8 @@ class ToyConfig:
             value = getattr(self, name)
             if name == "depth_factor" and value is None:
                 continue
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} is a positive number, not {value!r}")
+            _checks.number(value, name, low=0, above=True)
+        object.__setattr__(self, "decay", _checks.flag(self.decay, "decay"))
         for name, choices in {
             "loss": ("kl", "mse"),
             "head": ("own", "given", "none"),

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from depthutil import archive, toy
+from depthutil import _runs, archive, toy
 
 TINY = toy.ToyConfig(
     width=4,
@@ -93,7 +93,7 @@ def test_a_killed_run_goes_on_where_it_was(place, tmp_path, capsys):
 
 def test_a_shard_that_another_process_trains_is_left_alone(place, tmp_path, capsys):
     taken = tmp_path / "shards" / f"{toy.slug(SHARDS[1])}.pt"
-    with archive_toy.claimed(taken) as ours:
+    with _runs.claimed(taken) as ours:
         assert ours
         archive_toy.main(["run", *place])
     lines = capsys.readouterr().out.splitlines()

@@ -121,8 +121,11 @@ def test_where_html_is_not_shown_one_line_says_what_it_is(runs, fit):
     ("change", "message"),
     [
         (lambda r: r.drop(columns=["depth", "loss"]), "runs lacks depth, loss"),
-        (lambda r: r.assign(loss=[np.nan] + [2.0] * (len(r) - 1)), "loss of run 0 is nan"),
-        (lambda r: r.assign(tokens=-1.0), "tokens of run 0 is -1.0"),
+        (
+            lambda r: r.assign(loss=[np.nan] + [2.0] * (len(r) - 1)),
+            "'loss' must be finite and above 0, but is nan",
+        ),
+        (lambda r: r.assign(tokens=-1.0), "'tokens' must be finite and above 0, but is -1"),
         (lambda r: r.assign(depth=12), "fewer than two values of depth"),
         (lambda r: r.iloc[:0], "fewer than two values of width"),
     ],

@@ -15,7 +15,7 @@ import train_ladder
 import transformers
 from conftest import ROOT
 
-from depthutil import _corpus, _ladder, archive, ladder
+from depthutil import _corpus, _ladder, _runs, archive, ladder
 
 FILES = {
     f"part{i}/file{i}.py": f"def f{i}(x):\n    return x + {i}  # été\n" * 20 for i in range(60)
@@ -436,7 +436,7 @@ def test_the_command_trains_shares_and_assembles(folder, tmp_path, monkeypatch, 
         command("assemble")
     config = ladder.LadderConfig.at("demo")
     path = places["checkpoints"] / f"{ladder.slug(config, 1, 0)}.pt"
-    with train_ladder.claimed(path) as ours:
+    with _runs.claimed(path) as ours:
         assert ours
         assert "shard 0: ladder-w16-d01-s0 is taken" in command("run", "--shards", "0", "1")
     assert not path.exists()

@@ -90,8 +90,9 @@ def test_given_errors_weigh_and_spread():
         ([1, 2, 2], [1, 1, 1], None, "needs 3 different depths"),
         ([1, 2, 3], [1, 0, 1], None, "smallest loss is 0"),
         ([1, 2, 3], [1, math.nan, 1], None, "positive, finite"),
-        ([1, 2, 3], [3, 2, 1], [1, -1, 1], "one positive number for each loss"),
-        ([1, 2, 3], [3, 2, 1], [1, 1], "one positive number for each loss"),
+        ([1, 2, 3], [3, 2, 1], [1, -1, 1], "stderr must be finite and above 0, but is -1 in row 1"),
+        ([1, 2, 3], [3, 2, 1], [1, 1], "stderr has shape"),
+        ([1, 2, 3], [3, 2, 1j], None, "losses must be real numbers, not complex128"),
         ([1, 2, 3], np.ones((3, 2)), [1, 1, 1], "several seeds bring their own"),
     ],
 )

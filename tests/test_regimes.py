@@ -298,7 +298,7 @@ def test_inputs_that_never_move_are_left_out():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: ensemble(0), "depth must be a whole number"),
+        (lambda: ensemble(0), "depth is a whole number"),
         (lambda: ensemble(2.5), "not 2.5"),
         (lambda: ensemble(4, noise=-1), "not -1"),
         (lambda: ensemble(4, noise=float("nan")), "not nan"),
@@ -307,7 +307,7 @@ def test_inputs_that_never_move_are_left_out():
         (lambda: procedural(4, errors="random"), "'coherent' or 'incoherent'"),
         (lambda: procedural(4, flow="water"), "swirl"),
         (lambda: procedural(4, flow=np.zeros_like), "ends elsewhere"),
-        (lambda: compositional(4, folds=0), "folds must be"),
+        (lambda: compositional(4, folds=0), "folds is a whole number"),
         (lambda: compositional(4, folds=60), "40 or fewer"),
         (lambda: compositional(4, levels="some"), "'mixed'"),
         (lambda: compositional(4, levels=[1, 2]), "256 numbers"),

@@ -362,21 +362,21 @@ def edit(**columns):
     [
         (lambda r: r.drop(columns="depth"), {}, "need a column 'depth'"),
         (lambda r: r.drop(columns="loss"), {}, "need a column 'loss'"),
-        (edit(loss=-1.0), {}, "'loss' must be finite and above 0, but is -1.0"),
+        (edit(loss=-1.0), {}, "'loss' must be finite and above 0, but is -1 in"),
         (edit(tokens=np.nan), {}, "'tokens' must be finite and above 0, but is nan"),
         (edit(width=np.inf), {}, "'width' must be finite"),
         (edit(width=0), {}, "'width' must be finite and above 0, but is 0"),
-        (edit(width="wide"), {}, "'width' must hold numbers"),
+        (edit(width="wide"), {}, "'width' must be real numbers"),
         (edit(depth=12), {}, "depth is 12 in every run"),
         (lambda r: r.iloc[:6], {}, "6 runs cannot determine 7 parameters"),
         (lambda r: r.iloc[:0], {}, "0 runs cannot determine"),
-        (lambda r: r, {"law": "kaplan"}, "law must be one of"),
+        (lambda r: r, {"law": "kaplan"}, "law is 'width-depth-data'.* or 'depth', not"),
         (lambda r: r, {"fixed": {"alpha_deep": 1}}, "fixed names 'alpha_deep'"),
-        (lambda r: r, {"fixed": {"alpha_depth": -1}}, "must be finite and at least 0"),
+        (lambda r: r, {"fixed": {"alpha_depth": -1}}, "is a number of at least 0"),
         (lambda r: r, {"fixed": {"alpha_depth": 11}}, "at most 10"),
         (lambda r: r, {"depth_offset": 12}, "below the smallest depth, 12"),
         (lambda r: r, {"law": "params-data", "depth_offset": 2}, "has no depth"),
-        (lambda r: r, {"huber_delta": 0}, "huber_delta must be above 0"),
+        (lambda r: r, {"huber_delta": 0}, "huber_delta is a number above 0"),
     ],
 )
 def test_bad_input(runs, change, options, message):
@@ -392,7 +392,7 @@ def test_other_bad_input(runs, exact):
         scaling.drop_highest(runs, 500)
     with pytest.raises(ValueError, match="free parameter"):
         exact.profile("alpha_params")
-    with pytest.raises(ValueError, match="at least 1 resample"):
+    with pytest.raises(ValueError, match="n is a whole number of at least 1"):
         exact.bootstrap(0)
     with pytest.raises(ValueError, match="cannot hold out"):
         exact.cross_validate(fraction=0.99)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from depthutil import _grid, signatures, toy, toy_model
+from depthutil import _grid, _runs, signatures, toy, toy_model
 
 SMALL = toy.ToyConfig(
     width=6,
@@ -239,8 +239,8 @@ def test_every_experiment_has_every_scale(experiment, scale):
         ({"temperatures": (float("nan"),)}, "temperatures"),
         ({"steps": 0}, "steps is a whole number of at least 1, not 0"),
         ({"batch": 2.0}, "batch is a whole number"),
-        ({"learning_rate": -1.0}, "learning_rate is a positive number"),
-        ({"depth_factor": "4"}, "depth_factor is a positive number"),
+        ({"learning_rate": -1.0}, "learning_rate is a number above 0"),
+        ({"depth_factor": "4"}, "depth_factor is a number above 0"),
         ({"loss": "l2"}, "loss is one of"),
         ({"order": 3}, "order is one of"),
         ({"loss": "mse"}, "does not go with head 'own'"),
@@ -515,9 +515,9 @@ def test_the_archive_takes_what_is_finished(tmp_path, monkeypatch, capsys):
 
 def test_a_shard_is_trained_by_one_process_only(tmp_path):
     with (
-        archive_toy.claimed(tmp_path / "a.pt") as first,
-        archive_toy.claimed(tmp_path / "a.pt") as second,
+        _runs.claimed(tmp_path / "a.pt") as first,
+        _runs.claimed(tmp_path / "a.pt") as second,
     ):
         assert first and not second
-    with archive_toy.claimed(tmp_path / "a.pt") as again:
+    with _runs.claimed(tmp_path / "a.pt") as again:
         assert again

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from depthutil import archive
+from depthutil import _arguments, archive
 from depthutil.regimes import learn_folds
 
 FOLDS = (2, 3, 4)
@@ -29,8 +29,8 @@ WAYS = {  # half the steps of a stage; from scratch, all stages' steps go to the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=32, help="networks of each kind")
-    parser.add_argument("--out", type=Path, default=Path("results/nested_steps.parquet"))
+    parser.add_argument("--seeds", type=_arguments.count, default=32, help="networks of each kind")
+    parser.add_argument("--out", type=_arguments.file, default=Path("results/nested_steps.parquet"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     start = time.perf_counter()

@@ -13,13 +13,11 @@ processes, or machines with one file system, take different shards.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from depthutil import toy
+from depthutil import _arguments, _runs, toy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,26 +32,13 @@ RUNS = {
 }
 
 
-@contextmanager
-def claimed(path: Path):
-    """Yield whether this process may train the shard; a claim ends with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
 def run(config: toy.ToyConfig, folder: Path, wanted: list[int] | None, threads: int) -> None:
     """Train those of the wanted shards that no other process is training."""
     for i, shard in enumerate(toy.shards(config)):
         path = folder / f"{toy.slug(shard)}.pt"
         if wanted is not None and i not in wanted:
             continue
-        with claimed(path) as ours:
+        with _runs.claimed(path) as ours:
             print(f"shard {i}: {toy.slug(shard)}" + ("" if ours else " is taken"), flush=True)
             if ours:
                 options = {"checkpoint_seconds": 120, "progress": True, "threads": threads}
@@ -85,15 +70,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("run", "status", "assemble"))
     parser.add_argument("experiment", choices=RUNS)
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are")
-    parser.add_argument("--shards", type=int, nargs="*", help="numbers of shards; all by default")
-    parser.add_argument("--steps", type=int, help="instead of the run's own number of steps")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="default: results/toy_EXPERIMENT.parquet")
+    parser.add_argument(
+        "--folder", type=_arguments.folder, required=True, help="where checkpoints are"
+    )
+    parser.add_argument(
+        "--shards", type=_arguments.index, nargs="*", help="numbers of shards; all by default"
+    )
+    parser.add_argument(
+        "--steps", type=_arguments.count, help="instead of the run's own number of steps"
+    )
+    parser.add_argument("--threads", type=_arguments.count, default=1)
+    parser.add_argument(
+        "--output", type=_arguments.file, help="default: results/toy_EXPERIMENT.parquet"
+    )
     args = parser.parse_args(arguments)
     config = RUNS[args.experiment]
     if args.steps is not None:
         config = replace(config, steps=args.steps)
+    _arguments.within(parser, "--shards", args.shards, len(toy.shards(config)))
     if args.action == "run":
         run(config, args.folder, args.shards, args.threads)
         return

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from archive_toy import ROOT, claimed
+from archive_toy import ROOT
 
-from depthutil import archive, toy
+from depthutil import _arguments, _runs, archive, toy
 
 LENGTHS = (500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
 CONFIG = toy.ToyConfig.paper(
@@ -67,7 +67,7 @@ def run(folder: Path, wanted: list[int] | None) -> None:
         if wanted is not None and i not in wanted:
             continue
         stem = path(trunk(shard, LENGTHS[0]), folder)
-        with claimed(stem) as ours:
+        with _runs.claimed(stem) as ours:
             print(f"shard {i}: {stem.stem}" + ("" if ours else " is taken"), flush=True)
             for length in LENGTHS if ours else ():
                 end = path(branch(shard, length), folder)
@@ -115,10 +115,17 @@ def assemble(folder: Path, output: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("run", "assemble"))
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are")
-    parser.add_argument("--shards", type=int, nargs="*", help="numbers of shards; all by default")
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "toy_patience.parquet")
+    parser.add_argument(
+        "--folder", type=_arguments.folder, required=True, help="where checkpoints are"
+    )
+    parser.add_argument(
+        "--shards", type=_arguments.index, nargs="*", help="numbers of shards; all by default"
+    )
+    parser.add_argument(
+        "--output", type=_arguments.file, default=ROOT / "results" / "toy_patience.parquet"
+    )
     args = parser.parse_args(arguments)
+    _arguments.within(parser, "--shards", args.shards, len(toy.shards(CONFIG)))
     if args.action == "run":
         run(args.folder, args.shards)
     else:

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from depthutil import archive, toy
+from depthutil import _arguments, archive, toy
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 RHOS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -108,10 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", choices=("phase", "budgets", "noise"))
     parser.add_argument(
-        "--steps", type=int, help="default: 3,000, for budgets 8,000, for noise 1,500"
+        "--steps", type=_arguments.count, help="default: 3,000, for budgets 8,000, for noise 1,500"
     )
-    parser.add_argument("--checkpoint", type=Path, help="of phase, which goes on from it")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--checkpoint", type=_arguments.file, help="of phase, which goes on from it"
+    )
+    parser.add_argument("--out", type=_arguments.file)
     options = parser.parse_args()
     out = options.out or RESULTS / f"toy_{options.run}.parquet"
     if options.run == "phase":

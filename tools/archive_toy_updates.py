@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _grid, _runs, archive, toy
+from depthutil import _arguments, _grid, _runs, archive, toy
 from depthutil.signatures import diagnose, signature
 from depthutil.toy_model import Network, ToyConfig, rms, teacher_weights
 
@@ -286,11 +286,13 @@ def main(arguments: list[str] | None = None) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     runner = actions.add_parser("run", help="train and measure parts")
     runner.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; all by default")
-    runner.add_argument("--steps", type=int, help="fewer, to try it out")
+    runner.add_argument("--steps", type=_arguments.count, help="fewer, to try it out")
     joiner = actions.add_parser("assemble", help="join what is there")
     others = actions.add_parser("finished", help="measure what the other scripts trained")
     for action in (runner, joiner, others):
-        action.add_argument("--folder", type=Path, required=True, help="where parts are kept")
+        action.add_argument(
+            "--folder", type=_arguments.folder, required=True, help="where parts are kept"
+        )
     args = parser.parse_args(arguments)
     if args.action == "assemble":
         assemble(args.folder)
@@ -302,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"there is no part {', '.join(unknown)}: choose from {', '.join(PARTS)}")
     for name in args.parts or PARTS:
-        if args.steps:
+        if args.steps is not None:
             part = PARTS[name]
             marks = tuple(sorted({min(m, args.steps) for m in part.marks}))
             PARTS[name] = replace(part, config=replace(part.config, steps=args.steps), marks=marks)

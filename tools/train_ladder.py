@@ -20,7 +20,6 @@ A ladder that was trained otherwise adds its losses under a name of its own, for
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import subprocess
 import sys
@@ -30,9 +29,9 @@ from pathlib import Path
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pandas as pd
-from archive_toy import ROOT, claimed
+from archive_toy import ROOT
 
-from depthutil import ladder
+from depthutil import _arguments, _runs, ladder
 
 
 def run(config: ladder.LadderConfig, args: argparse.Namespace, text: ladder.Corpus) -> int:
@@ -44,7 +43,7 @@ def run(config: ladder.LadderConfig, args: argparse.Namespace, text: ladder.Corp
         if args.shards is not None and i not in args.shards:
             continue
         path = args.folder / f"{ladder.slug(config, depth, seed)}.pt"
-        with claimed(path) as ours:
+        with _runs.claimed(path) as ours:
             name = config.name(depth, seed)
             print(f"shard {i}: {name}" + ("" if ours else " is taken"), flush=True)
             if not ours:
@@ -60,9 +59,7 @@ def run(config: ladder.LadderConfig, args: argparse.Namespace, text: ladder.Corp
 
 def search(config: ladder.LadderConfig, depth: int, folder: Path, options: dict):
     """The best learning rate of a depth; whoever needs it while it is being sought waits."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"search_{config.name(depth, 0)}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _runs.claimed(folder / f"search_{config.name(depth, 0)}.json", wait=True):
         return ladder.best_rate(config, depth, folder, **options)
 
 
@@ -121,23 +118,35 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("run", "status", "assemble"))
-    parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are")
+    parser.add_argument(
+        "--folder", type=_arguments.folder, required=True, help="where checkpoints are"
+    )
     parser.add_argument("--scale", default="cpu", help="demo, cpu, gpu or gpu-wide")
-    parser.add_argument("--depths", type=int, nargs="+", help="instead of the scale's")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the scale's")
-    parser.add_argument("--width", type=int, help="instead of the scale's")
-    parser.add_argument("--steps", type=int, help="instead of the scale's")
-    parser.add_argument("--rates", type=float, nargs="+", help="learning rates to choose from")
-    parser.add_argument("--shards", type=int, nargs="*", help="numbers of models; all by default")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the work")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", help="a GPU where there is one, by default")
+    parser.add_argument("--depths", type=_arguments.count, nargs="+", help="instead of the scale's")
+    parser.add_argument("--seeds", type=_arguments.index, nargs="+", help="instead of the scale's")
+    parser.add_argument("--width", type=_arguments.count, help="instead of the scale's")
+    parser.add_argument("--steps", type=_arguments.count, help="instead of the scale's")
+    parser.add_argument(
+        "--rates", type=_arguments.rate, nargs="+", help="learning rates to choose from"
+    )
+    parser.add_argument(
+        "--shards", type=_arguments.index, nargs="*", help="numbers of models; all by default"
+    )
+    parser.add_argument(
+        "--jobs", type=_arguments.count, default=1, help="processes that share the work"
+    )
+    parser.add_argument("--threads", type=_arguments.count, default=1)
+    parser.add_argument(
+        "--device", type=_arguments.device, help="a GPU where there is one, by default"
+    )
     parser.add_argument("--autocast", action="store_true", help="products in bfloat16")
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
-    parser.add_argument("--text", type=Path, help="a folder instead of the standard library")
+    parser.add_argument(
+        "--text", type=_arguments.folder, help="a folder instead of the standard library"
+    )
     parser.add_argument("--losses", metavar="LABEL", help="assemble the losses alone, as LABEL")
-    parser.add_argument("--models", type=Path, default=ROOT / "models")
-    parser.add_argument("--results", type=Path, default=ROOT / "results")
+    parser.add_argument("--models", type=_arguments.folder, default=ROOT / "models")
+    parser.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
     args = parser.parse_args(arguments)
     given = {"depths": args.depths, "seeds": args.seeds, "learning_rates": args.rates}
     changes = {name: tuple(value) for name, value in given.items() if value is not None}
@@ -145,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     changes |= {name: value for name, value in whole.items() if value is not None}
     try:
         config = ladder.LadderConfig.at(args.scale, **changes)
+        _arguments.within(parser, "--shards", args.shards, len(ladder.shards(config)))
         if args.action == "run" and args.jobs > 1:
             sys.exit(share(args.jobs, arguments))
         text = ladder.corpus(args.text)
