@@ -118,7 +118,7 @@ def real(values: Any, name: str) -> np.ndarray:
     """
     if isinstance(values, pd.Series | pd.Index | pd.api.extensions.ExtensionArray):
         kind = values.dtype
-        if kind == object:
+        if pd.api.types.is_object_dtype(kind):
             return real(values.to_numpy(), name)
         if not pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_complex_dtype(kind):
             raise ValueError(f"{name} must be real numbers, not {kind}")

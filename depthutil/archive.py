@@ -289,9 +289,12 @@ def load(name: str | os.PathLike) -> Archived:
 
 
 def _checksum(table: pa.Table, about: bytes) -> bytes:
-    """Of what a table's columns are called and of its provenance."""
-    columns = json.dumps([[column.name, str(column.type)] for column in table.schema])
-    return hashlib.sha256(columns.encode() + about).hexdigest().encode()
+    """Of a table's shape, of what its columns are called and are, and of its provenance."""
+    columns = [[column.name, str(column.type)] for column in table.schema]
+    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
+    pandas = metadata.get("pandas", "")  # what makes a column a type of pandas
+    parts = json.dumps([table.num_rows, columns, pandas]).encode() + about
+    return hashlib.sha256(parts).hexdigest().encode()
 
 
 def _commit() -> str:

@@ -1,5 +1,6 @@
 import errno
 import os
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -162,3 +163,78 @@ def test_what_went_wrong_elsewhere_stays_what_it_was(tmp_path):
         with archive.replacing(tmp_path / "here.txt"):
             open(tmp_path / "other.txt")
     assert list(tmp_path.iterdir()) == []
+
+
+# What else may be lost ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        FRAME.set_index("depth"),
+        FRAME.set_index(["depth", "loss"]),
+        FRAME.set_index(pd.Index(["a", "b"])),
+        FRAME.set_index(pd.Index([0.5, 1.5])),
+    ],
+)
+def test_an_index_that_says_something_is_not_dropped(frame, tmp_path):
+    with pytest.raises(ValueError, match=r"index of the frame .* would be lost.*reset_index"):
+        archive.save(frame, tmp_path / "a.parquet", **META)
+    assert list(tmp_path.iterdir()) == []
+    some = FRAME.iloc[[1]]  # numbers of rows say nothing
+    assert len(archive.load(archive.save(some, tmp_path / "a.parquet", **META)).frame) == 1
+
+
+def test_no_flipped_bit_changes_what_is_read(tmp_path):
+    frame = pd.DataFrame({"depth": np.arange(50), "loss": np.linspace(1, 2, 50)})
+    path = archive.save(frame, tmp_path / "a.parquet", **META)
+    whole, right = path.read_bytes(), archive.load(path)
+    rng, wrong = np.random.default_rng(0), []
+    for at in rng.integers(8 * len(whole), size=400):
+        damaged = bytearray(whole)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            read = archive.load(path)
+        except ValueError as error:
+            assert "a.parquet" in str(error)
+            continue
+        if not read.frame.equals(right.frame) or read.provenance != right.provenance:
+            wrong.append(int(at))
+    assert wrong == []
+
+
+def test_archives_from_before_the_checksum_are_read(tmp_path):
+    path = archive.save(FRAME, tmp_path / "a.parquet", **META)
+    table = pq.read_table(path)
+    about = {k: v for k, v in table.schema.metadata.items() if k != archive._SUM}
+    pq.write_table(table.replace_schema_metadata(about), path, write_page_checksum=True)
+    assert archive.load(path).provenance["seeds"] == [0, 1]
+
+
+def test_the_commit_of_another_repository_is_not_ours(tmp_path, monkeypatch):
+    """An installed package inside somebody's repository, committed with it or not."""
+    site = tmp_path / "project" / "site-packages"
+    package = site / "depthutil"
+    package.mkdir(parents=True)
+    (package / "archive.py").write_text("")
+    git = ["git", "-C", str(tmp_path / "project"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    monkeypatch.setattr(archive, "_PACKAGE", package)
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "mine"]):
+        subprocess.run([*git, *command], check=True)
+    assert archive._commit() == "unknown"
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "all"], check=True)
+    assert archive._commit() == "unknown"
+    own = tmp_path / "clone"
+    subprocess.run(["git", "init", "-q", str(own)], check=True)
+    (own / "depthutil").mkdir()
+    monkeypatch.setattr(archive, "_PACKAGE", own / "depthutil")
+    assert archive._commit() == "unknown"  # nothing is committed there
+    (own / "depthutil" / "archive.py").write_text("")
+    git[2] = str(own)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "all"], check=True)
+    assert len(archive._commit()) == 40
+    (own / "depthutil" / "archive.py").write_text("changed")
+    assert archive._commit()[-1] == "+"

@@ -49,6 +49,8 @@ def test_noise_excuses_drift_only_up_to_twice_its_error():
     noisy = powerlaw.fit(DEPTHS, np.exp(-x[:, None] + bend[:, None] * [0.0, 1.0]))
     assert noisy.drift == pytest.approx(-0.5) and noisy.drift_stderr == pytest.approx(0.5)
     assert noisy.is_power_law  # half ± half of an exponent of about one
+    fair = powerlaw.fit(DEPTHS, np.exp(-x[:, None] + bend[:, None] * [0.3, 0.7]))
+    assert fair.drift_stderr == pytest.approx(0.2) and not fair.is_power_law
     sure = powerlaw.fit(DEPTHS, np.exp(-x[:, None] + bend[:, None] * [0.45, 0.55]))
     assert sure.drift == pytest.approx(-0.5) and sure.drift_stderr == pytest.approx(0.05)
     assert not sure.is_power_law

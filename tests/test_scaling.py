@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize
+from scipy import optimize, stats
 
 from depthutil import _solver, scaling
 
@@ -408,3 +408,50 @@ def test_other_bad_input(runs, exact):
         _ = exact.refit(huber_delta=0.01).aic
     with pytest.raises(ValueError, match="no law has the parameters"):
         scaling.predict(pd.Series({"c": 1.0}), runs)
+
+
+# Errors, computed another way -----------------------------------------------------------
+
+
+def noisy_depths(outliers=0):
+    rng = np.random.default_rng(3)
+    depth = np.repeat([1, 2, 3, 4, 6, 8, 12, 16], 4)
+    noise = rng.normal(0, 0.01, len(depth))
+    noise[:outliers] += 0.2
+    return pd.DataFrame({"depth": depth, "loss": (1.5 + 2 / depth) * np.exp(noise)})
+
+
+@pytest.mark.parametrize("delta", [None, 0.01])
+def test_covariance_is_that_of_an_m_estimate(delta):
+    """E[ψ²] / E[ψ']² (GᵀG)⁻¹ with a numerical Jacobian; Huber, Robust Statistics, section 7.6."""
+    runs = noisy_depths(outliers=4)
+    fit = scaling.fit(runs, law="depth", huber_delta=delta)
+    names, steps = fit.params.index, 1e-6 * fit.params
+    columns = []
+    for name in names:
+        up, down = fit.params.copy(), fit.params.copy()
+        up[name] += steps[name]
+        down[name] -= steps[name]
+        change = np.log(scaling.predict(up, runs) / scaling.predict(down, runs))
+        columns.append(change / (2 * steps[name]))
+    slopes = np.stack(columns, 1)
+    r = fit.residuals().to_numpy()
+    bound = np.inf if delta is None else delta
+    psi, inside = np.clip(r, -bound, bound), np.abs(r) <= bound
+    assert delta is None or 0 < (~inside).sum() < len(runs)
+    variance = (psi**2).sum() / (len(runs) - 3) / inside.mean() ** 2
+    expected = variance * np.linalg.inv(slopes.T @ slopes)
+    assert np.allclose(fit.cov, expected, rtol=1e-4)
+
+
+def test_intervals_have_the_degrees_of_freedom_that_are_left():
+    runs = noisy_depths()[::4]  # eight runs, three parameters
+    fit = scaling.fit(runs, law="depth")
+    line = next(line for line in fit.summary().splitlines() if line.startswith("alpha_depth"))
+    error, low, high = map(float, line.split()[2:])
+    assert (high - low) / (2 * error) == pytest.approx(stats.t.ppf(0.975, 5), rel=0.02)
+    assert error == pytest.approx(fit.stderr["alpha_depth"], rel=5e-3)
+    held = scaling.fit(runs, law="depth", fixed={"alpha_depth": 1.0})
+    gain = 2 * (fit.log_likelihood - held.log_likelihood)
+    assert held.aic - fit.aic == pytest.approx(gain - 2)
+    assert held.bic - fit.bic == pytest.approx(gain - np.log(8))

@@ -521,3 +521,17 @@ def test_a_shard_is_trained_by_one_process_only(tmp_path):
         assert first and not second
     with _runs.claimed(tmp_path / "a.pt") as again:
         assert again
+
+
+@pytest.mark.parametrize("on", ["teacher", "both"])
+def test_the_temperature_of_both_divides_the_students_logits_too(on):
+    config = replace(ONE, temperature_on=on, temperatures=(0.5,))
+    generator = torch.Generator().manual_seed(0)
+    last = torch.randn((6, config.width), generator=generator, dtype=torch.float64)
+    head = torch.randn((config.vocabulary, config.width), generator=generator, dtype=torch.float64)
+    target = toy_model.targets(config, last, head, 0.5)
+    # A student that is the teacher answers like it only if both are divided alike.
+    own = toy_model.losses(config, last, head, 0.5, target).item()
+    half = toy_model.losses(config, last, 2 * head, 0.5, target).item()
+    assert own == pytest.approx(0, abs=1e-12) if on == "both" else own > 1e-3
+    assert half == pytest.approx(0, abs=1e-12) if on == "teacher" else half > 1e-3
