@@ -291,9 +291,9 @@ def load(name: str | os.PathLike) -> Archived:
 def _checksum(table: pa.Table, about: bytes) -> bytes:
     """Of a table's shape, of what its columns are called and are, and of its provenance."""
     columns = [[column.name, str(column.type)] for column in table.schema]
-    metadata = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
-    pandas = metadata.get("pandas", "")  # what makes a column a type of pandas
-    parts = json.dumps([table.num_rows, columns, pandas]).encode() + about
+    # What is kept under "pandas" makes a column a type of pandas.
+    types = (table.schema.metadata or {}).get(b"pandas", b"")
+    parts = json.dumps([table.num_rows, columns]).encode() + types + about
     return hashlib.sha256(parts).hexdigest().encode()
 
 
