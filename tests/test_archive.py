@@ -231,6 +231,10 @@ def test_the_commit_of_another_repository_is_not_ours(tmp_path, monkeypatch):
     (own / "depthutil").mkdir()
     monkeypatch.setattr(archive, "_PACKAGE", own / "depthutil")
     assert archive._commit() == "unknown"  # nothing is committed there
+    subprocess.run(
+        ["git", "-C", str(own), *git[3:], "commit", "-q", "--allow-empty", "-m", "a"], check=True
+    )
+    assert archive._commit() == "unknown"  # nor this file
     (own / "depthutil" / "archive.py").write_text("")
     git[2] = str(own)
     subprocess.run([*git, "add", "."], check=True)

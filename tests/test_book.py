@@ -1,6 +1,7 @@
 """What every chapter has, read from its source and from its executed notebook."""
 
 import ast
+import json
 import re
 
 import jupytext
@@ -170,7 +171,8 @@ def test_nothing_went_to_stderr(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_no_chapter_takes_over_three_minutes(page):
-    assert notebooks.seconds(_executed(page)) < notebooks.SECONDS_PER_CHAPTER
+    ledger = json.loads(notebooks.LEDGER.read_text())
+    assert ledger[f"seconds of {page}"] < notebooks.seconds_allowed()
 
 
 def test_a_long_code_cell_is_rare():

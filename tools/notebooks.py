@@ -16,16 +16,24 @@ import ast
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
+import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +42,10 @@ EXPORTED = BUILD / "notebooks"
 EXECUTED = ROOT / ".executed"  # nbmake ignores folders named _build
 CACHE = BUILD / ".jupyter_cache"
 LEDGER = EXECUTED / "inputs.json"
-SECONDS_PER_CHAPTER = 180
+RUNNING = EXECUTED / ".running"
+#: Processor time of a chapter, and the variable that raises it; the clock may show WALL times
+#: as much, because other programs may be at work.
+SECONDS_PER_CHAPTER, LIMIT, WALL = 180, "BOOK_SECONDS", 10
 
 
 # --------------------------------------------------------------------- the book's files
@@ -58,6 +69,13 @@ def has_exercises(page: str, root: Path = ROOT) -> bool:
     return "```{solution-start}" in (root / f"{page}.md").read_text()
 
 
+#: A remote on GitHub itself; another host may have the name in its own, its user or its path.
+_REMOTE = re.compile(
+    r"(?:git@github\.com:|(?:https?|ssh|git)://(?:[^/@]+@)?github\.com(?::\d+)?/)"
+    r"(?P<named>[^/]+/[^/]+?)(?:\.git)?/?"
+)
+
+
 def repository(root: Path = ROOT) -> str | None:
     """``owner/name`` on GitHub from the environment or the git remote, or None."""
     named = os.environ.get("GITHUB_REPOSITORY", "").strip()
@@ -67,9 +85,9 @@ def repository(root: Path = ROOT) -> str | None:
             remote = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         except FileNotFoundError:  # no git: a copy that was unpacked from an archive
             remote = ""
-        match = re.search(r"github\.com[:/](.+?)(?:\.git)?/?$", remote)
-        named = match.group(1) if match else ""
-    return named if re.fullmatch(r"[\w.-]+/[\w.-]+", named) else None
+        match = _REMOTE.fullmatch(remote)
+        named = match["named"] if match else ""
+    return named if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named) else None
 
 
 # ------------------------------------------------------------------- MyST -> Markdown
@@ -360,29 +378,45 @@ def export_all() -> list[str]:
 # ---------------------------------------------------------------------- the execution
 
 
-def modules(code: str) -> set[str]:
-    """The modules of depthutil that some code imports, and those that they import."""
-    found, waiting = set(), _imports(code)
+def modules(code: str, inside: str = "") -> set[str]:
+    """The modules of depthutil that some code imports, and those that they import.
+
+    Names are without ``depthutil.``; a package brings what its ``__init__`` imports.
+    ``inside`` is the package that the code belongs to, for relative imports.
+    """
+    found, waiting = set(), _imports(code, inside)
     while waiting:
-        module = waiting.pop()
-        path = ROOT / "depthutil" / f"{module}.py"
-        if module not in found and path.exists():
-            found.add(module)
-            waiting |= _imports(path.read_text())
+        name = waiting.pop()
+        path = _module(name)
+        if name in found or path is None:  # an attribute of a module is none
+            continue
+        found.add(name)
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting |= _imports(path.read_text(), package)
     return found
 
 
-def _imports(code: str) -> set[str]:
+def _module(name: str) -> Path | None:
+    """The file of a module or package of depthutil."""
+    path = ROOT.joinpath("depthutil", *name.split("."))
+    files = (path.with_name(path.name + ".py"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _imports(code: str, inside: str = "") -> set[str]:
+    """What some code may import from depthutil, and the packages that it is in."""
     names = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.ImportFrom) and node.module == "depthutil":
+        if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("depthutil."):
-            names.add(node.module.split(".")[1])
-        elif isinstance(node, ast.Import):
-            parts = [alias.name.split(".") for alias in node.names]
-            names |= {p[1] for p in parts if p[0] == "depthutil" and len(p) > 1}
-    return names
+        elif isinstance(node, ast.ImportFrom):
+            start = node.module or ""
+            if node.level:
+                parts = ["depthutil", *filter(None, inside.split("."))]
+                start = ".".join([*parts[: len(parts) - node.level + 1], *filter(None, [start])])
+            names |= {start} | {f"{start}.{alias.name}" for alias in node.names}
+    ours = [name.split(".")[1:] for name in names if name.startswith("depthutil.")]
+    return {".".join(parts[:n]) for parts in ours for n in range(1, len(parts) + 1)}
 
 
 def inputs(name: str) -> str:
@@ -398,8 +432,8 @@ def inputs(name: str) -> str:
         for cell in nbformat.read(notebook, as_version=4).cells
         if cell.cell_type == "code" and "setup" not in _tags(cell)
     )
-    used = modules(code) | {"__init__"}
-    files = [ROOT / "constraints.txt", *(ROOT / "depthutil" / f"{m}.py" for m in used)]
+    used = modules(code)
+    files = [ROOT / "constraints.txt", ROOT / "depthutil" / "__init__.py", *map(_module, used)]
     files += [path for path in (ROOT / "depthutil" / "data").rglob("*") if path.is_file()]
     files += [path for path in (ROOT / "results").rglob("*") if path.name in code]
     if "models" in used:
@@ -413,9 +447,12 @@ def inputs(name: str) -> str:
 
 
 def execute() -> int:
-    """Run nbmake on each exported notebook whose inputs changed since it last passed."""
+    """Run nbmake on each exported notebook whose inputs changed since it last passed.
+
+    Each is kept as soon as it has finished, so that a build that is stopped goes on there.
+    """
     names = export_all()
-    ledger = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    ledger = _ledger()
     current = {name: inputs(name) for name in names}
     stale = [
         name
@@ -425,27 +462,195 @@ def execute() -> int:
     print(f"Notebooks: {len(stale)} to execute, {len(names) - len(stale)} unchanged.", flush=True)
     if not stale:
         return 0
-    paths = []
-    for name in stale:
-        path = EXECUTED / f"{name}.ipynb"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(EXPORTED / f"{name}.ipynb", path)
-        paths.append(str(path))
-        ledger.pop(name, None)
-    LEDGER.write_text(json.dumps(ledger, indent=1))
-    # One process a core, and one thread a process: what a chapter's time means.
-    workers = min(len(stale), os.cpu_count() or 1)
-    command = [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "-n", str(workers)]
-    command += [f"--nbmake-timeout={SECONDS_PER_CHAPTER}", "--durations=0", "--durations-min=1"]
-    command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=", "--no-header"]
-    result = subprocess.run(command + paths, cwd=ROOT).returncode
-    for name in stale:
-        executed = nbformat.read(EXECUTED / f"{name}.ipynb", as_version=4)
-        if _finished(executed):
-            _remember(name, executed)
-            ledger[name] = current[name]
-    LEDGER.write_text(json.dumps(ledger, indent=1))
-    return result
+    # One process a core, and one thread a process: what a chapter's time means. The slowest
+    # first, as far as is known, so that no core waits for one of them in the end.
+    took = {name: ledger.get(f"seconds of {name}", 0) for name in stale}
+    stale.sort(key=lambda name: -took[name])
+    failed = []
+    with _ending_children(), ThreadPoolExecutor(min(len(stale), os.cpu_count() or 1)) as pool:
+        runs = {pool.submit(run, name): name for name in stale}
+        try:
+            for done in as_completed(runs):
+                name, ran = runs[done], done.result()
+                print(f"{name}: {ran.said}", flush=True)
+                if not ran.passed:
+                    failed.append(name)
+                    print(ran.output, flush=True)
+                    continue
+                _keep(name, ran, current[name])
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            _end_children()
+            raise
+    if failed:
+        print(f"Notebooks: {len(failed)} failed, {', '.join(failed)}.", flush=True)
+    return 1 if failed else 0
+
+
+def _ledger() -> dict[str, Any]:
+    try:
+        return json.loads(LEDGER.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How the execution of one notebook ended, and where its result is."""
+
+    path: Path
+    passed: bool
+    cpu: float
+    wall: float
+    limit: float
+    code: int
+    output: str
+
+    @property
+    def said(self) -> str:
+        times = f"{self.cpu:.0f} s of processor time in {self.wall:.0f} s"
+        if self.passed:
+            return f"passed, {times}"
+        if self.cpu >= 0.95 * self.limit:
+            return (
+                f"stopped after {times}: a chapter may take {self.limit:.0f} s of one core; make "
+                f"it faster, or raise the limit, {LIMIT}={2 * self.limit:.0f} make book"
+            )
+        if self.wall >= WALL * self.limit:
+            return (
+                f"stopped after {times}: it waits for something; if this machine is that busy, "
+                f"raise the limit, {LIMIT}={2 * self.limit:.0f} make book"
+            )
+        return f"failed after {times}"
+
+
+def seconds_allowed() -> float:
+    """Processor seconds that a chapter may take, from the environment or by default."""
+    given = os.environ.get(LIMIT, "").strip() or str(SECONDS_PER_CHAPTER)
+    try:
+        value = float(given)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        sys.exit(f"{LIMIT} is a number of seconds, not {given!r}")
+    return value
+
+
+#: What starts nbmake: limits the processor time of every process of the notebook, and on Linux
+#: has the kernel's parent end with us, whatever ends us; the kernel follows its parent.
+_START = """
+import os, resource, sys
+limit = int(sys.argv[1])
+hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+if hard == resource.RLIM_INFINITY or limit < hard:
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))
+try:
+    import ctypes
+    ctypes.CDLL(None).prctl(1, 9)
+except Exception:
+    pass
+if os.getppid() == 1:
+    sys.exit("orphaned")
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+def run(name: str) -> Ran:
+    """Execute one exported notebook with nbmake, in a place of its own."""
+    path, limit = RUNNING / f"{name}.ipynb", seconds_allowed()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(EXPORTED / f"{name}.ipynb", path)
+    command = [sys.executable, "-c", _START, str(math.ceil(limit))]
+    command += ["-m", "pytest", "--nbmake", "--overwrite", "--no-header", "-q"]
+    # Whatever waits longer than this does not compute: a busy machine has time enough.
+    command += [f"--nbmake-timeout={WALL * limit:.0f}"]
+    command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=", str(path)]
+    log, begin = path.with_suffix(".log"), time.perf_counter()
+    before = _children_seconds()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        with _LOCK:
+            _CHILDREN.add(process)
+        try:
+            code, usage = _wait(process, begin + WALL * limit)
+        finally:
+            with _LOCK:
+                _CHILDREN.discard(process)
+    cpu = usage if usage is not None else _children_seconds() - before
+    wall = time.perf_counter() - begin
+    passed = code == 0 and _finished(nbformat.read(path, as_version=4))
+    return Ran(path, passed, cpu, wall, limit, code, log.read_text(errors="replace"))
+
+
+def _wait(process: subprocess.Popen, until: float) -> tuple[int, float | None]:
+    """Wait for a process; its status, and the processor time of all that it waited for."""
+    if not hasattr(os, "wait4"):
+        return process.wait(), None
+    while True:
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if pid:
+            process.returncode = os.waitstatus_to_exitcode(status)
+            return process.returncode, usage.ru_utime + usage.ru_stime
+        if time.perf_counter() > until:
+            _end(process)
+        time.sleep(0.2)
+
+
+def _children_seconds() -> float:
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+_LOCK, _CHILDREN = threading.Lock(), set()
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End a process and all that it started: kernels have sessions of their own."""
+    try:
+        parent = psutil.Process(process.pid)
+        for member in [*parent.children(recursive=True), parent]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+    except psutil.NoSuchProcess:
+        pass
+
+
+def _end_children() -> None:
+    with _LOCK:
+        for process in list(_CHILDREN):
+            _end(process)
+
+
+@contextmanager
+def _ending_children():
+    """End all kernels when make is stopped, and not only this process."""
+
+    def stop(number, frame):
+        _end_children()
+        os._exit(128 + number)  # threads that wait for what was ended would report it as failed
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep(name: str, ran: Ran, fingerprint: str) -> None:
+    """Put an executed notebook where the book and the next run find it."""
+    executed = nbformat.read(ran.path, as_version=4)
+    _remember(name, executed)
+    path = EXECUTED / f"{name}.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(ran.path, path)
+    ran.path.with_suffix(".log").unlink(missing_ok=True)
+    ledger = _ledger() | {name: fingerprint, f"seconds of {name}": round(ran.cpu, 1)}
+    new = LEDGER.with_suffix(".new")
+    new.write_text(json.dumps(ledger, indent=1))
+    os.replace(new, LEDGER)  # last: what it names is there
 
 
 def _finished(notebook) -> bool:
@@ -494,10 +699,22 @@ def seconds(executed) -> float:
     return ended.total_seconds()
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["export", "execute"])
-    if parser.parse_args().what == "execute":
-        sys.exit(execute())
-    for exported_page in export_all():
-        print(EXPORTED / f"{exported_page}.ipynb")
+    what = parser.parse_args(arguments).what
+    try:
+        if what == "execute":
+            return execute()
+        for page in export_all():
+            print(EXPORTED / f"{page}.ipynb")
+    except OSError as error:  # a full disk, a folder that is closed or is a file
+        sys.exit(
+            f"{error.filename or ROOT}: {error.strerror or error}: make room, or build in a copy "
+            "of the book where you may write"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
