@@ -251,7 +251,7 @@ give its numbers for the best fit.</p></noscript>
 </div>
 <div class="parameters">$parameters</div>
 <p class="status">Objective <output data-output="objective"></output> \
-(typical error <output data-output="typical-error" aria-live="off"></output>), \
+(root mean square error <output data-output="typical-error" aria-live="off"></output>), \
 <output data-output="verdict"></output></p>
 <div class="panels">
 <div class="panel terms"><p class="title">The law's terms along depth</p>\

@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -439,7 +440,7 @@ def inputs(name: str) -> str:
     if "models" in used:
         files += [path for path in (ROOT / "models").rglob("*") if path.is_file()]
         files += (ROOT / "results").glob("ladder_*.parquet")
-    digest = hashlib.sha256(notebook.read_bytes())
+    digest = hashlib.sha256(notebook.read_bytes() + HOOK.read_bytes())
     for path in sorted(set(files)):
         digest.update(str(path.relative_to(ROOT)).encode())
         digest.update(path.read_bytes())
@@ -457,7 +458,8 @@ def execute() -> int:
     stale = [
         name
         for name in names
-        if ledger.get(name) != current[name] or not (EXECUTED / f"{name}.ipynb").exists()
+        if ledger.get(name) != current[name]
+        or not ((EXECUTED / f"{name}.ipynb").exists() and checks_of(name).exists())
     ]
     print(f"Notebooks: {len(stale)} to execute, {len(names) - len(stale)} unchanged.", flush=True)
     if not stale:
@@ -477,7 +479,11 @@ def execute() -> int:
                     failed.append(name)
                     print(ran.output, flush=True)
                     continue
-                _keep(name, ran, current[name])
+                try:
+                    _keep(name, ran, current[name])
+                except ChangedError as error:
+                    failed.append(name)
+                    print(error, flush=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             _end_children()
@@ -567,9 +573,14 @@ def run(name: str) -> Ran:
     command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=", str(path)]
     log, begin = path.with_suffix(".log"), time.perf_counter()
     before = _children_seconds()
-    with log.open("wb") as file:
+    with log.open("wb") as file, _kernel(path) as environment:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         with _LOCK:
             _CHILDREN.add(process)
@@ -582,6 +593,30 @@ def run(name: str) -> Ran:
     wall = time.perf_counter() - begin
     passed = code == 0 and _finished(nbformat.read(path, as_version=4))
     return Ran(path, passed, cpu, wall, limit, code, log.read_text(errors="replace"))
+
+
+#: What runs in every kernel, to see whether the chapter's checks can fail.
+HOOK = Path(__file__).with_name("check_hook.py")
+
+
+@contextmanager
+def _kernel(path: Path):
+    """Settings of a kernel of its own, which begins with the hook."""
+    with tempfile.TemporaryDirectory(prefix="book-") as folder:
+        startup = Path(folder) / "profile_default" / "startup"
+        startup.mkdir(parents=True)
+        code = HOOK.read_text().replace("from __future__ import annotations\n", "", 1)
+        # In a function, so that the chapter's namespace stays its own.
+        script = "import sys as _s, types as _t\n_m = _t.ModuleType('check_hook')\n"
+        script += "_m.get_ipython = get_ipython\n_s.modules['check_hook'] = _m\n"
+        script += f"exec(compile({code!r}, {str(HOOK)!r}, 'exec'), _m.__dict__)\ndel _s, _t, _m\n"
+        (startup / "checks.py").write_text(script)
+        yield {"IPYTHONDIR": folder, "BOOK_CHECKS": str(path.with_suffix(".checks.json"))}
+
+
+def checks_of(name: str) -> Path:
+    """Where it is kept what became of a chapter's checks."""
+    return EXECUTED / f"{name}.checks.json"
 
 
 def _wait(process: subprocess.Popen, until: float) -> tuple[int, float | None]:
@@ -639,12 +674,17 @@ def _ending_children():
             signal.signal(number, handler)
 
 
+class ChangedError(RuntimeError):
+    """A chapter is no longer what was executed."""
+
+
 def _keep(name: str, ran: Ran, fingerprint: str) -> None:
     """Put an executed notebook where the book and the next run find it."""
     executed = nbformat.read(ran.path, as_version=4)
     _remember(name, executed)
     path = EXECUTED / f"{name}.ipynb"
     path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(ran.path.with_suffix(".checks.json"), checks_of(name))
     os.replace(ran.path, path)
     ran.path.with_suffix(".log").unlink(missing_ok=True)
     ledger = _ledger() | {name: fingerprint, f"seconds of {name}": round(ran.cpu, 1)}
@@ -675,7 +715,7 @@ def _remember(name: str, executed) -> None:
     ran = [c for c in executed.cells if c.cell_type == "code" and "setup" not in _tags(c)]
     cells = [c for c in notebook.cells if c.cell_type == "code"]
     if [c.source for c in ran] != [c.source for c in cells]:
-        raise RuntimeError(f"{path}: the exported notebook's code differs from the chapter's")
+        raise ChangedError(f"{path} was changed while it was executed: run make book again")
     for cell, done in zip(cells, ran, strict=True):
         cell.outputs = done.outputs
         cell.execution_count = done.execution_count - 1  # the setup cell is not shown

@@ -1,0 +1,375 @@
+"""Runs in a chapter's kernel: can its checks fail?
+
+After a cell with assertions has passed, it is run again and again with one of the things it
+reads spoilt: signs flipped, entries shuffled, scaled, made equal or missing. What becomes of
+every assertion is written to the file that BOOK_CHECKS names; ``tests/test_checks.py`` asks
+that each ran, and that something made it fail. Names, random states, figures and output of the
+chapter are as before.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+
+CELL, CHAPTER = 8.0, 30.0  # seconds of processor time that all this may take
+
+
+# Spoiling -------------------------------------------------------------------------------
+
+
+def _numbers(change):
+    """A change of one array or number, for all kinds of things that hold some."""
+    import numpy as np
+    import pandas as pd
+
+    torch = sys.modules.get("torch")  # which some chapters never load
+
+    def spoil(thing, level=0):
+        if isinstance(thing, bool | np.bool_):
+            return not thing
+        if isinstance(thing, int | float | np.number) and not isinstance(thing, complex):
+            return change(np.array([float(thing)]))[0].item()
+        if isinstance(thing, np.ndarray):
+            if thing.dtype == bool:
+                return ~thing
+            if thing.dtype.kind in "OUS" and thing.size:
+                flat = thing.ravel()
+                if all(isinstance(entry, str) for entry in flat):
+                    flat = _words(flat, change.__name__)
+                else:
+                    flat = np.array([spoil(v, level + 1) for v in flat], dtype=object)
+                return flat.reshape(thing.shape)
+            if thing.dtype.kind not in "iuf" or thing.size == 0:
+                return thing
+            return change(thing.astype(float).ravel()).reshape(thing.shape)
+        if torch is not None and isinstance(thing, torch.Tensor):
+            if thing.dtype == torch.bool:
+                return ~thing
+            changed = spoil(thing.detach().cpu().double().numpy())
+            return torch.as_tensor(changed).to(thing.dtype if thing.is_floating_point() else None)
+        if isinstance(thing, pd.Series):
+            values = spoil(thing.to_numpy())
+            return pd.Series(values, index=thing.index, name=thing.name)
+        if isinstance(thing, pd.DataFrame):
+            # Whole numbers are mostly keys, by which rows are chosen: they come last.
+            numbers = [i for i in range(thing.shape[1]) if thing.dtypes.iloc[i].kind in "fb"]
+            numbers = numbers or range(thing.shape[1])
+            columns = [
+                spoil(thing.iloc[:, i]) if i in numbers else thing.iloc[:, i]
+                for i in range(thing.shape[1])
+            ]
+            return pd.concat(columns, axis=1, keys=None).set_axis(thing.columns, axis=1)
+        if level > 3 or isinstance(thing, type | types.ModuleType | str | bytes):
+            return thing
+        if isinstance(thing, dict):
+            keys = list(thing)
+            if change.__name__ == "shuffle" and len(keys) > 1:
+                return dict(zip(keys, [thing[key] for key in [*keys[1:], keys[0]]], strict=True))
+            return type(thing)({k: spoil(v, level + 1) for k, v in thing.items()})
+        if isinstance(thing, tuple) and hasattr(thing, "_fields"):
+            return type(thing)(*(spoil(v, level + 1) for v in thing))
+        if isinstance(thing, list | tuple):
+            if change.__name__ == "shuffle" and len(thing) > 1:
+                return type(thing)([*thing[1:], thing[0]])
+            return type(thing)(spoil(v, level + 1) for v in thing)
+        if callable(thing) or type(thing).__module__.split(".")[0] in ("depthutil", "__main__"):
+            return Spoilt(thing, spoil)
+        return thing
+
+    return spoil
+
+
+def _words(words, how):
+    """Words that are exchanged, made equal, or taken away."""
+    import numpy as np
+
+    if how in ("shuffle", "reverse"):
+        return np.roll(words, 1)
+    return np.full_like(words, words[0] if how == "equal" else "", dtype=object)
+
+
+def _one_column(i, change):
+    """The change of one column of a table only."""
+    inner = _numbers(change)
+
+    def spoil(thing):
+        import pandas as pd
+
+        columns = [
+            inner(thing.iloc[:, j]) if j == i else thing.iloc[:, j] for j in range(thing.shape[1])
+        ]
+        return pd.concat(columns, axis=1).set_axis(thing.columns, axis=1)
+
+    return spoil
+
+
+class Spoilt:
+    """An object whose numbers, and what its methods return, are spoilt."""
+
+    def __init__(self, thing, spoil):
+        object.__setattr__(self, "_thing", thing)
+        object.__setattr__(self, "_spoil", spoil)
+
+    def __getattr__(self, name):
+        value = getattr(self._thing, name)
+        if isinstance(value, types.MethodType | types.FunctionType | types.BuiltinMethodType):
+            return lambda *args, **options: self._spoil(value(*args, **options))
+        return self._spoil(value)
+
+    def __call__(self, *args, **options):
+        return self._spoil(self._thing(*args, **options))
+
+    def __str__(self):
+        return str(self._thing)
+
+    def __iter__(self):
+        return iter(self._thing)
+
+
+def changes():
+    import numpy as np
+
+    def flip(x):
+        return -x
+
+    def shuffle(x):
+        return np.roll(x, max(1, len(x) // 3))
+
+    def more(x):
+        return 4 * x
+
+    def less(x):
+        return x / 4
+
+    def reverse(x):
+        return x[::-1].copy()
+
+    def equal(x):
+        return np.full_like(x, np.nanmean(x) if len(x) else 0)
+
+    def up(x):
+        return x + 1
+
+    def far(x):
+        return x + 1000
+
+    def down(x):
+        return x - 1
+
+    def missing(x):
+        return np.full_like(x, np.nan)
+
+    return [flip, shuffle, more, less, reverse, equal, up, down, far, missing]
+
+
+# Asking ---------------------------------------------------------------------------------
+
+
+class _Asking(ast.NodeTransformer):
+    """Turns ``assert test`` into a call that notes what became of it."""
+
+    def __init__(self):
+        self.lines: list[int] = []
+        self.names: dict[int, set[str]] = {}
+
+    def visit_Assert(self, node):
+        self.lines.append(node.lineno)
+        own = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
+        self.names[node.lineno] = own
+        test = ast.Lambda(
+            args=ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[]),
+            body=node.test,
+        )
+        call = ast.Call(ast.Name("__ask__", ast.Load()), [ast.Constant(node.lineno), test], [])
+        return ast.copy_location(ast.Expr(call), node)
+
+
+def _read(tree, namespace):
+    """Names that some code reads, also in the chapter's own functions that it calls."""
+    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    for name in list(names):
+        function = namespace.get(name)
+        if isinstance(function, types.FunctionType) and function.__module__ == "__main__":
+            names |= set(function.__code__.co_names)
+    ours = [
+        name
+        for name in sorted(names)
+        if name in namespace and not isinstance(namespace[name], types.ModuleType | type)
+    ]
+    # Data first, functions last.
+    return sorted(ours, key=lambda name: isinstance(namespace[name], types.FunctionType))
+
+
+@contextlib.contextmanager
+def _left_alone(namespace):
+    """Names, random states, figures and output are afterwards as they were."""
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    torch = sys.modules.get("torch")
+    bound = dict(namespace)
+    of_ours = [
+        (value, value.bit_generator.state)
+        for value in bound.values()
+        if isinstance(value, np.random.Generator)
+    ]
+    kind = () if torch is None else torch.Generator
+    of_torch = [(v, v.get_state()) for v in bound.values() if isinstance(v, kind)]
+    everywhere = random.getstate(), np.random.get_state()  # noqa: NPY002
+    of_all_torch = None if torch is None else torch.get_rng_state()
+    figures = set(plt.get_fignums())
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield
+    finally:
+        namespace.clear()
+        namespace.update(bound)
+        for value, state in of_ours:
+            value.bit_generator.state = state
+        for value, state in of_torch:
+            value.set_state(state)
+        random.setstate(everywhere[0])
+        np.random.set_state(everywhere[1])  # noqa: NPY002
+        if torch is not None:
+            torch.set_rng_state(of_all_torch)
+        for number in set(plt.get_fignums()) - figures:
+            plt.close(number)
+
+
+def ask(source, namespace, seconds=CELL):
+    """What becomes of each assertion of a cell that has passed.
+
+    Returns a list of ``{"line", "ran", "held", "killed_by"}``, the last None or what was
+    spoilt and how.
+    """
+    asking = _Asking()
+    tree = asking.visit(ast.parse(source))
+    ast.fix_missing_locations(tree)
+    parts = [
+        compile(ast.Module([statement], []), "<check>", "exec")
+        for statement in tree.body
+        if not isinstance(statement, ast.Import | ast.ImportFrom)
+    ]
+    noted: dict[int, set] = {}
+    late: list = []  # a name that is spoilt only where an assertion reads it
+
+    def note(line, test):
+        own = [name for name, _ in late if name in asking.names[line]]
+        if late and not own:
+            return
+        kept = {name: namespace[name] for name in own if name in namespace}
+        try:
+            for name, spoil in late:
+                if name in kept:
+                    namespace[name] = spoil(kept[name])
+            held = bool(test())
+        except Exception:
+            held = None
+        finally:
+            namespace.update(kept)
+        noted.setdefault(line, set()).add(held)
+
+    def once(name=None, spoil=None, at_the_end=False):
+        noted.clear()
+        late[:] = [(name, spoil)] if at_the_end else []
+        with _left_alone(namespace):
+            namespace["__ask__"] = note
+            if name is not None and not at_the_end:
+                namespace[name] = spoil(namespace[name])
+            for part in parts:
+                with contextlib.suppress(Exception):
+                    exec(part, namespace)
+        return {line: set(held) for line, held in noted.items()}
+
+    begin = time.process_time()
+    first = once()
+    took = time.process_time() - begin
+    result = {
+        line: {"line": line, "ran": line in first, "held": first.get(line) == {True}, "by": None}
+        for line in asking.lines
+    }
+    names = _read(ast.parse(source), namespace)
+
+    def left():
+        return [r["line"] for r in result.values() if r["by"] is None]
+
+    def attempts():
+        """Names and changes: what the cell was given, as a whole and by columns, then its own."""
+        for change in changes():
+            for name in names:
+                yield name, change.__name__, _numbers(change), False
+        for at_the_end in (False, True):
+            for change in changes():
+                every = sorted(set().union(*(asking.names[line] for line in left())))
+                for name in names if not at_the_end else every:
+                    thing = namespace.get(name)
+                    if at_the_end:
+                        yield name, change.__name__, _numbers(change), True
+                    if type(thing).__name__ == "DataFrame":
+                        for i in range(min(thing.shape[1], 12)):
+                            how = f"{change.__name__} of {thing.columns[i]}"
+                            yield name, how, _one_column(i, change), at_the_end
+
+    for name, how, spoil, at_the_end in attempts():
+        if not left():
+            break
+        spent = time.process_time() - begin
+        # Cells that compute for long are asked at the end alone, where little is left to do.
+        if spent > seconds or (not at_the_end and spent + took > seconds / 2):
+            if spent > seconds:
+                break
+            continue
+        with contextlib.suppress(Exception):
+            for line, held in once(name, spoil, at_the_end).items():
+                if False in held and result[line]["by"] is None:
+                    result[line]["by"] = f"{name}, {how}"
+    return list(result.values())
+
+
+def key(source):
+    """What a cell is called in the file."""
+    return hashlib.sha256(source.strip().encode()).hexdigest()[:16]
+
+
+def install(shell, path):
+    """Ask after every cell of a kernel that has passed and holds assertions."""
+    path, cells, spent = Path(path), {}, [0.0]
+
+    def after(result):
+        source = result.info.raw_cell
+        if not result.success or "assert " not in source:
+            return
+        started = time.process_time()
+        try:
+            asked = ask(source, shell.user_ns, min(CELL, CHAPTER - spent[0]))
+        except SyntaxError:  # of IPython's own
+            return
+        except Exception as error:
+            asked = [{"line": 0, "ran": False, "held": False, "by": None, "error": repr(error)}]
+        spent[0] += time.process_time() - started
+        cells[key(source)] = asked
+        about = {"cells": cells, "seconds": round(spent[0], 2)}
+        path.write_text(json.dumps(about, indent=1))
+
+    path.write_text(json.dumps({"cells": {}, "seconds": 0.0}))
+    shell.events.register("post_run_cell", after)
+
+
+if "get_ipython" in globals() and os.environ.get("BOOK_CHECKS"):
+    try:
+        install(get_ipython(), os.environ["BOOK_CHECKS"])  # noqa: F821
+    except Exception as error:  # then there is no file, which the build says
+        print(f"checks cannot be asked: {error!r}", file=sys.stderr)
