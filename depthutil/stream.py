@@ -126,6 +126,38 @@ def hooked(
 
 
 @contextmanager
+def computing_as(*pairs: tuple[nn.Module, nn.Module]) -> Iterator[None]:
+    """Each first module computes what the second would, until the block ends.
+
+    Parameters
+    ----------
+    *pairs : (module, module)
+        Two that exchange their places are two pairs, ``(a, b), (b, a)``.
+
+    Examples
+    --------
+    >>> one, other, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.ones(1, 2)
+    >>> with computing_as((one, other)):
+    ...     torch.equal(one(x), other(x))
+    True
+    >>> torch.equal(one(x), other(x)), "forward" in vars(one)
+    (False, False)
+    """
+    own = [vars(module).get("forward") for module, _ in pairs]
+    theirs = [other.forward for _, other in pairs]
+    try:
+        for (module, _), forward in zip(pairs, theirs, strict=True):
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), forward in zip(pairs, own, strict=True):
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout and no gradients, and each module's mode as it was afterwards."""
     training = [module for module in model.modules() if module.training]

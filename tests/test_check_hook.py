@@ -29,6 +29,12 @@ GOOD = {
     "a verdict": ("assert ok", {"ok": True}),
     "in a loop": ("for x in xs:\n    assert x < 3", {"xs": [1.0, 2.0]}),
     "a function": ("assert f(2) == 4", {"f": lambda x: 2 * x}),
+    "a word": (
+        "assert (t.regime != 'flow').all()",
+        {"t": pd.DataFrame({"regime": ["a", "b"], "n": [1.0, 2.0]})},
+    ),
+    "computed": ("gaps = [abs(x - 2.0)]\nassert max(gaps) < 1e-9", {"x": 2.0}),
+    "a small one": ("gap = float(abs(np.arange(3) - np.arange(3)).max())\nassert gap < 1e-9", {}),
     "through a name": ("y = x * 2\nassert y < 5", {"x": 2.0}),
 }
 

@@ -255,6 +255,22 @@ def test_hooks_come_off_whatever_happens(error):
     assert hooks(model) == 0
 
 
+def test_modules_that_exchange_their_places_are_put_back_whatever_happens():
+    model, ids = build("llama"), tokens()
+    one, other = model.model.layers[0].mlp, model.model.layers[2].mlp
+    with torch.no_grad():
+        whole = model(ids).logits
+        with pytest.raises(KeyboardInterrupt), stream.computing_as((one, other), (other, one)):
+            exchanged = model(ids).logits
+            with stream.computing_as((one, one)):  # inside another, and the same one
+                assert torch.equal(model(ids).logits, exchanged)
+            raise KeyboardInterrupt
+        assert torch.equal(model(ids).logits, whole)
+        model.model.layers[0].mlp, model.model.layers[2].mlp = other, one
+        assert torch.equal(model(ids).logits, exchanged)
+    assert "forward" not in vars(one) and "forward" not in vars(other)
+
+
 def test_only_a_short_piece_of_the_batch_is_measured(monkeypatch):
     model, seen = build("stablelm", num_key_value_heads=2), []
     model.model.embed_tokens.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))

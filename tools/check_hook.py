@@ -182,11 +182,14 @@ class _Asking(ast.NodeTransformer):
     def __init__(self):
         self.lines: list[int] = []
         self.names: dict[int, set[str]] = {}
+        self.words: dict[int, list[str]] = {}
 
     def visit_Assert(self, node):
         self.lines.append(node.lineno)
         own = {n.id for n in ast.walk(node.test) if isinstance(n, ast.Name)}
         self.names[node.lineno] = own
+        every = (n.value for n in ast.walk(node.test) if isinstance(n, ast.Constant))
+        self.words[node.lineno] = [value for value in every if isinstance(value, str)]
         test = ast.Lambda(
             args=ast.arguments(posonlyargs=[], args=[], kwonlyargs=[], kw_defaults=[], defaults=[]),
             body=node.test,
@@ -252,8 +255,7 @@ def _left_alone(namespace):
 def ask(source, namespace, seconds=CELL):
     """What becomes of each assertion of a cell that has passed.
 
-    Returns a list of ``{"line", "ran", "held", "killed_by"}``, the last None or what was
-    spoilt and how.
+    Returns a list of ``{"line", "ran", "held", "by"}``, the last None or what was spoilt and how.
     """
     asking = _Asking()
     tree = asking.visit(ast.parse(source))
@@ -264,79 +266,94 @@ def ask(source, namespace, seconds=CELL):
         if not isinstance(statement, ast.Import | ast.ImportFrom)
     ]
     noted: dict[int, set] = {}
-    late: list = []  # a name that is spoilt only where an assertion reads it
+    result = {line: {"line": line, "ran": False, "held": True, "by": None} for line in asking.lines}
+
+    def holds(test):
+        try:
+            return bool(test())
+        except Exception:
+            return None
 
     def note(line, test):
-        own = [name for name, _ in late if name in asking.names[line]]
-        if late and not own:
-            return
-        kept = {name: namespace[name] for name in own if name in namespace}
-        try:
-            for name, spoil in late:
-                if name in kept:
-                    namespace[name] = spoil(kept[name])
-            held = bool(test())
-        except Exception:
-            held = None
-        finally:
-            namespace.update(kept)
-        noted.setdefault(line, set()).add(held)
+        noted.setdefault(line, set()).add(holds(test))
 
-    def once(name=None, spoil=None, at_the_end=False):
+    def try_all(line, test):
+        """Where an assertion stands, spoil one after the other of the things that it reads."""
+        one = result[line]
+        for name in sorted(asking.names[line] & namespace.keys()):
+            kept = namespace[name]
+            for how, spoil in _ways(kept, asking.words[line]):
+                if one["by"] is not None or time.process_time() - begin > seconds:
+                    return
+                with contextlib.suppress(Exception):
+                    namespace[name] = spoil(kept)
+                    if holds(test) is False:
+                        one["by"] = f"{name}, {how}"
+                namespace[name] = kept
+
+    def once(asked, name=None, spoil=None):
         noted.clear()
-        late[:] = [(name, spoil)] if at_the_end else []
         with _left_alone(namespace):
-            namespace["__ask__"] = note
-            if name is not None and not at_the_end:
+            namespace["__ask__"] = asked
+            if name is not None:
                 namespace[name] = spoil(namespace[name])
             for part in parts:
                 with contextlib.suppress(Exception):
                     exec(part, namespace)
-        return {line: set(held) for line, held in noted.items()}
 
     begin = time.process_time()
-    first = once()
+    once(note)
     took = time.process_time() - begin
-    result = {
-        line: {"line": line, "ran": line in first, "held": first.get(line) == {True}, "by": None}
-        for line in asking.lines
-    }
+    for line, held in noted.items():
+        result[line] |= {"ran": True, "held": held == {True}}
     names = _read(ast.parse(source), namespace)
-
-    def left():
-        return [r["line"] for r in result.values() if r["by"] is None]
-
-    def attempts():
-        """Names and changes: what the cell was given, as a whole and by columns, then its own."""
-        for change in changes():
-            for name in names:
-                yield name, change.__name__, _numbers(change), False
-        for at_the_end in (False, True):
-            for change in changes():
-                every = sorted(set().union(*(asking.names[line] for line in left())))
-                for name in names if not at_the_end else every:
-                    thing = namespace.get(name)
-                    if at_the_end:
-                        yield name, change.__name__, _numbers(change), True
-                    if type(thing).__name__ == "DataFrame":
-                        for i in range(min(thing.shape[1], 12)):
-                            how = f"{change.__name__} of {thing.columns[i]}"
-                            yield name, how, _one_column(i, change), at_the_end
-
-    for name, how, spoil, at_the_end in attempts():
-        if not left():
+    # First what the cell was given, by the whole cell, as far as half of the time allows; then
+    # what is left, where each assertion stands.
+    every = [(name, *way) for name in names for way in _ways(namespace[name], [])]
+    for name, how, spoil in every:
+        left = any(one["by"] is None for one in result.values())
+        if not left or time.process_time() - begin + took > seconds / 2:
             break
-        spent = time.process_time() - begin
-        # Cells that compute for long are asked at the end alone, where little is left to do.
-        if spent > seconds or (not at_the_end and spent + took > seconds / 2):
-            if spent > seconds:
-                break
-            continue
         with contextlib.suppress(Exception):
-            for line, held in once(name, spoil, at_the_end).items():
+            once(note, name, spoil)
+            for line, held in noted.items():
                 if False in held and result[line]["by"] is None:
                     result[line]["by"] = f"{name}, {how}"
+    once(try_all)
     return list(result.values())
+
+
+def _ways(thing, words):
+    """Ways to spoil a thing, with what they are called."""
+    for change in changes():
+        yield change.__name__, _numbers(change)
+    if type(thing).__name__ == "DataFrame":
+        for i in range(min(thing.shape[1], 12)):
+            for change in changes():
+                yield f"{change.__name__} of {thing.columns[i]}", _one_column(i, change)
+    for word in words:
+        yield f"{word!r} everywhere", _all_words(word)
+
+
+def _all_words(word):
+    """Every word is another, of which the assertion speaks."""
+
+    def spoil(thing, level=0):
+        if isinstance(thing, str):
+            return word
+        if hasattr(thing, "map") and hasattr(thing, "columns"):
+            return thing.map(lambda entry: word if isinstance(entry, str) else entry)
+        if hasattr(thing, "map") and hasattr(thing, "index"):
+            return thing.astype(object).map(lambda e: word if isinstance(e, str) else e)
+        if isinstance(thing, list | tuple) and level < 3 and not hasattr(thing, "_fields"):
+            return type(thing)(spoil(entry, level + 1) for entry in thing)
+        if isinstance(thing, dict) and level < 3:
+            return {name: spoil(entry, level + 1) for name, entry in thing.items()}
+        if isinstance(thing, Spoilt) or level >= 3 or callable(thing):
+            return thing
+        return Spoilt(thing, spoil) if hasattr(thing, "__dict__") else thing
+
+    return spoil
 
 
 def key(source):
