@@ -574,7 +574,7 @@ class _Probe:
         """The modules whose outputs, scaled, add up to what each block adds."""
         parts = self.parts
         if parts.writes is None:
-            found = self.found
+            found = self._like_their_kind(self.found)
             if any(f is None for f in found):
                 return
             pairs = all(len(f) == 2 for f in found)
@@ -587,6 +587,34 @@ class _Probe:
         self._check_sums()
         if all(len(writes) == 2 for writes in parts.writes):
             self.parts = replace(parts, parallel=self._parallel())
+
+    def _like_their_kind(self, found: list) -> list:
+        """Blocks of which less was found, because something writes nothing, taken as their kind.
+
+        That is an attention that somebody has silenced, or one that begins at zero; whether
+        the sum is right is checked all the same.
+        """
+        kinds: dict[type, list] = {}
+        for block, writes in zip(self.parts.blocks, found, strict=True):
+            if writes is not None and len(writes) > len(kinds.get(type(block), ())):
+                names = {module: name for name, module in block.named_modules()}
+                kinds[type(block)] = [(names[w.module], w.scale, names.get(m)) for w, m in writes]
+        result = []
+        for block, writes in zip(self.parts.blocks, found, strict=True):
+            kind = kinds.get(type(block), [])
+            if len(writes or ()) < len(kind):
+                try:
+                    writes = [
+                        (
+                            Write(block.get_submodule(name), scale),
+                            None if module is None else block.get_submodule(module),
+                        )
+                        for name, scale, module in kind
+                    ]
+                except AttributeError:  # a block of the same class that is built otherwise
+                    pass
+            result.append(writes)
+        return result
 
     def _check_sums(self) -> None:
         """What was found adds up, on the states as they are."""
@@ -648,7 +676,8 @@ class _Probe:
         for (h,), (out,) in zip(self.read, self.returned, strict=True):
             added = (_exact(out) - _exact(h)).norm(dim=-1, keepdim=True)
             size = _exact(h).norm(dim=-1, keepdim=True).clamp(min=1e-30)
-            result.append(h * (0.1 * added / size).clamp(max=1.0).to(h.device, h.dtype))
+            share = torch.where(added > 0, 0.1 * added / size, 1.0).clamp(max=1.0)
+            result.append(h * share.to(h.device, h.dtype))
         return result
 
     @cached_property
@@ -721,9 +750,17 @@ class _Probe:
         return _differ(_exact(own[0]), _exact(other[0]), own[0].dtype)
 
     def _parallel(self) -> bool | None:
-        """Whether the MLP reads the same stream as attention; None if blocks differ."""
+        """Whether the MLP reads the same stream as attention; None if blocks differ.
+
+        Where one of them writes nothing (it has been silenced) there is nothing to see.
+        """
         own: dict[int, Tensor] = {}
         other: dict[int, Tensor] = {}
+        speaks: set[int] = set()
+
+        def heard(number, states):
+            if bool((states != 0).any()):
+                speaks.add(number)
 
         def run(store, silent: bool):
             before, after = [], []
@@ -732,6 +769,8 @@ class _Probe:
                 before.append((self.parts.blocks[number], lambda _, h=small: h.clone()))
                 if silent:
                     after.append((attention.module, lambda h: torch.zeros_like(h)))
+                else:
+                    after.append((attention.module, lambda h, n=number: heard(n, h)))
                 after.append((mlp.module, lambda h, n=number: store.__setitem__(n, h.clone())))
                 after.append((self.parts.blocks[number], lambda _, out=out: out.clone()))
             with hooked(before, after):
@@ -739,7 +778,13 @@ class _Probe:
 
         run(own, False)
         run(other, True)
-        same = {not _differ(_exact(own[n]), _exact(other[n]), own[n].dtype) for n in own}
+        same = {
+            not _differ(_exact(own[n]), _exact(other[n]), own[n].dtype)
+            for n in speaks
+            if own[n].any()
+        }
+        if not same:
+            return self.parts.parallel
         return same.pop() if len(same) == 1 else None
 
     # What becomes of logits?

@@ -240,6 +240,49 @@ def test_measuring_leaves_no_hook_no_mode_and_no_random_number(family):
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
 
 
+ABLATED = {
+    "llama": ({}, "self_attn", "mlp", False),
+    "gpt_neox": ({}, "attention", "mlp", True),
+    "stablelm": ({"num_key_value_heads": 2}, "self_attn", "mlp", False),
+    "gptj": ({"rotary_dim": 4}, "attn", "mlp", True),
+}
+
+
+@pytest.mark.parametrize("family", ABLATED)
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+@pytest.mark.parametrize("blocks", [(1,), (0, 2)])
+def test_a_model_that_somebody_has_ablated_is_recorded_as_it_is(family, part, blocks):
+    changes, attention, mlp, parallel = ABLATED[family]
+    model = build(family, **changes)
+    stack = models.anatomy(model).blocks
+    modules = [stack[i].get_submodule({"attention": attention, "mlp": mlp}[part]) for i in blocks]
+    with stream.hooked(after=[(module, torch.zeros_like) for module in modules]):
+        writes = trajectory.writes_of(model, tokens(), "sublayer")
+        assert trajectory.record(model, [tokens()], "sublayer").parallel is parallel
+        with torch.no_grad():
+            theirs = model(tokens(), output_hidden_states=True).hidden_states
+    states = writes.cumsum(0)[::2][:-1]
+    assert (states - torch.stack(theirs[:-1]).double()).abs().max() < 1e-5
+    silent = [2 * i + (1 if part == "attention" else 2) for i in blocks]
+    sizes = writes.flatten(1).norm(dim=1)
+    assert (sizes[silent] == 0).all() and (sizes > 0).sum() == 7 - len(blocks)
+
+
+def test_a_network_that_writes_nothing_yet_is_recorded():
+    model = build("llama")
+    with torch.no_grad():
+        for block in model.model.layers:  # as some begin their training
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    assert trajectory.record(model, [tokens()], "sublayer").angles()["mean"].eq(0).all()
+    stranger = build("stablelm", num_key_value_heads=2)
+    with torch.no_grad():
+        for block in stranger.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+    assert trajectory.record(stranger, [tokens()]).angles()["mean"].eq(0).all()
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_hooks_come_off_whatever_happens(error):
     model = build("llama")
