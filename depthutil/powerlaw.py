@@ -14,8 +14,8 @@ import numpy as np
 
 from depthutil import _checks
 
-#: What a decline must keep to be called a power law: ``scatter``, the root mean square
-#: distance from the line in units of the logarithm, and ``drift``, the change of the local
+#: What a decline must keep to be called a power law. The ``scatter`` is the root mean square
+#: distance from the line in units of the logarithm, and the ``drift`` the change of the local
 #: exponent over the range, as a fraction of the exponent.
 THRESHOLDS = {"scatter": 0.1, "drift": 1 / 3}
 

@@ -1,8 +1,8 @@
 """What hidden states say about how a network uses its depth.
 
-:func:`gram` turns a trajectory into the Gram matrix of its writes, :func:`signature`
-reads sizes, correlations and finishing layers off it, with standard errors, and
-:func:`diagnose` names the regime of Liu et al. (arXiv 2602.05970) or says why it cannot.
+:func:`depthutil.gram.of_states` turns a trajectory into the Gram matrix of its writes,
+:func:`signature` reads sizes, correlations and finishing layers off it, with standard errors,
+and :func:`diagnose` names the regime of Liu et al. (arXiv 2602.05970) or says why it cannot.
 Nothing here knows where the states came from: a simulation, a toy network or a language
 model.
 """
@@ -140,8 +140,8 @@ def signature(states: Any = None, *, gram_matrix: np.ndarray | None = None) -> S
         Residual stream, ``(depth + 1, inputs, width)``, or a
         :class:`depthutil.trajectory.Trajectory`, whose sample of documents is read.
     gram_matrix : array, optional
-        What :func:`gram` returns, instead of the states; of a trajectory, some blocks only:
-        ``trajectory.grams(first, last)``.
+        What :func:`depthutil.gram.of_states` returns, instead of the states; of a trajectory,
+        some blocks only: ``trajectory.grams(first, last)``.
 
     Raises
     ------

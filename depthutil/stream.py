@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from depthutil import _checks, models
 from depthutil.models import Anatomy, Write
 
-#: The piece of the first batch on which a model is measured: documents and positions.
+#: How many documents and positions of the first batch a model is measured on.
 PROBE = (2, 32)
 
 #: How much larger the stream is made to see whether a block adds to it.

@@ -436,7 +436,7 @@ class Trajectory:
         Parameters
         ----------
         statistic : str
-            A key of :data:`STATISTICS` that this trajectory has.
+            A key of :data:`depthutil.gram.STATISTICS` that this trajectory has.
         first, last : int, optional
             Layers to begin and end with, both included. By default the statistic's first
             and last entry are left out: these layers read from and write to the vocabulary.

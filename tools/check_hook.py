@@ -37,12 +37,14 @@ def _numbers(change):
 
     def spoil(thing, level=0):
         if isinstance(thing, bool | np.bool_):
-            return not thing
+            return bool(spoil(np.array([thing]))[0])
         if isinstance(thing, int | float | np.number) and not isinstance(thing, complex):
             return change(np.array([float(thing)]))[0].item()
         if isinstance(thing, np.ndarray):
             if thing.dtype == bool:
-                return ~thing
+                if change.__name__ in ("less", "down", "missing"):
+                    return np.zeros_like(thing)
+                return np.ones_like(thing) if change.__name__ in ("more", "up") else ~thing
             if thing.dtype.kind in "OUS" and thing.size:
                 flat = thing.ravel()
                 if all(isinstance(entry, str) for entry in flat):
@@ -55,7 +57,7 @@ def _numbers(change):
             return change(thing.astype(float).ravel()).reshape(thing.shape)
         if torch is not None and isinstance(thing, torch.Tensor):
             if thing.dtype == torch.bool:
-                return ~thing
+                return torch.as_tensor(spoil(thing.cpu().numpy()))
             changed = spoil(thing.detach().cpu().double().numpy())
             return torch.as_tensor(changed).to(thing.dtype if thing.is_floating_point() else None)
         if isinstance(thing, pd.Series):
