@@ -572,21 +572,31 @@ class _Probe:
 
     def find_writes(self) -> None:
         """The modules whose outputs, scaled, add up to what each block adds."""
-        parts = self.parts
-        if parts.writes is None:
-            found = self._like_their_kind(self.found)
-            if any(f is None for f in found):
-                return
-            pairs = all(len(f) == 2 for f in found)
-            parts = replace(parts, writes=tuple(tuple(w for w, _ in f) for f in found))
-            if pairs:
-                modules = list(zip(*[[m for _, m in f] for f in found], strict=True))
-                attention, mlp = (None if any(m is None for m in ms) else ms for ms in modules)
-                parts = replace(parts, attention=attention, mlp=mlp)
-            self.parts = parts
-        self._check_sums()
-        if all(len(writes) == 2 for writes in parts.writes):
-            self.parts = replace(parts, parallel=self._parallel())
+        if self.parts.writes is not None:
+            self._check_sums()
+        else:
+            for found in (self._like_their_kind(self.found), self.found):
+                if self._take(found):
+                    break
+        if self.parts.sublayers:
+            self.parts = replace(self.parts, parallel=self._parallel())
+
+    def _take(self, found: list) -> bool:
+        """Take writes that were found, if they are there for every block and add up."""
+        if any(f is None for f in found):
+            return False
+        before = self.parts
+        self.parts = replace(before, writes=tuple(tuple(w for w, _ in f) for f in found))
+        if self.parts.sublayers:
+            modules = list(zip(*[[m for _, m in f] for f in found], strict=True))
+            attention, mlp = (None if any(m is None for m in ms) else ms for ms in modules)
+            self.parts = replace(self.parts, attention=attention, mlp=mlp)
+        try:
+            self._check_sums()
+        except ValueError:
+            self.parts = before
+            return False
+        return True
 
     def _like_their_kind(self, found: list) -> list:
         """Blocks of which less was found, because something writes nothing, taken as their kind.
