@@ -128,6 +128,18 @@ def test_a_build_that_is_killed_leaves_no_kernel_and_goes_on(book, tmp_path, num
     assert code == 0 and "2 to execute, 2 unchanged" in said
 
 
+def test_a_make_that_is_killed_takes_its_children_with_it(book, tmp_path):
+    command = book(a=QUICK, c=WORKS, d=WORKS)
+    (tmp_path / "Makefile").write_text(f"executed:\n\t{' '.join(command)}\n")
+    running = subprocess.Popen(["make", "executed"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while kept(tmp_path) != ["a"] and time.monotonic() < end:
+        time.sleep(0.1)
+    running.kill()
+    running.wait(timeout=10)
+    assert gone(tmp_path) == []
+
+
 def test_a_ledger_that_is_cut_off_is_begun_again(book, tmp_path):
     command = book(a=QUICK)
     assert execute(command)[0] == 0

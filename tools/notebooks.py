@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import ctypes
 import hashlib
 import json
 import math
@@ -658,6 +659,16 @@ def _end_children() -> None:
             _end(process)
 
 
+def _end_with_make() -> None:
+    """On Linux, be told when the make that runs this is killed, as no signal reaches children."""
+    parent = psutil.Process(os.getppid())
+    with suppress(psutil.Error, OSError, AttributeError):
+        if parent.name() in ("make", "gmake"):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+            if os.getppid() != parent.pid:  # it has ended in between
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
 @contextmanager
 def _ending_children():
     """End all kernels when make is stopped, and not only this process."""
@@ -667,6 +678,7 @@ def _ending_children():
         os._exit(128 + number)  # threads that wait for what was ended would report it as failed
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    _end_with_make()
     try:
         yield
     finally:
