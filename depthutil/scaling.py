@@ -797,20 +797,37 @@ def optimal_shape(
     return best
 
 
+#: Start, step sizes and units of the code of Liu et al. (arXiv 2602.05970), for
+#: :func:`adam_path`.
+PUBLISHED = {
+    "start": {
+        "c_width": 200.0,
+        "c_depth": 200.0,
+        "c_data": 10.0,
+        "alpha_width": 1.0,
+        "alpha_depth": 1.0,
+        "alpha_data": 0.33,
+        "L0": 1.69,
+    },
+    "learning_rate": {"c": 0.005, "alpha": 0.0005, "L0": 0.005},
+    "units": {"depth": 0.01, "tokens": 1e6},
+}
+
+
 def adam_path(
     runs: pd.DataFrame,
     steps: int = 10_000,
     *,
-    learning_rate: float = 3e-3,
+    learning_rate: float | Mapping[str, float] = 3e-3,
     start: Mapping[str, float] | None = None,
+    units: Mapping[str, float] | None = None,
     every: int = 100,
 ) -> pd.DataFrame:
     """The objective of :func:`fit`, by Adam: where it stands after so many steps.
 
     The law is ``"width-depth-data"``, in logarithms of the coefficients, exponents and
-    ``L0``, with inputs in their own units. Liu et al. (arXiv 2602.05970, appendix B)
-    took 10,000 steps for each bootstrap refit and 50,000 for the fit itself; the start
-    and the learning rate used here are this book's choice.
+    ``L0``. Liu et al. (arXiv 2602.05970, appendix B) took 10,000 steps for each bootstrap refit
+    and 50,000 for the fit itself; start, rates and units of their code are :data:`PUBLISHED`.
 
     Parameters
     ----------
@@ -818,11 +835,15 @@ def adam_path(
         As for :func:`fit`.
     steps : int
         Number of Adam steps (Kingma and Ba 2015, betas 0.9 and 0.999).
-    learning_rate : float
-        Step size, constant.
+    learning_rate : float or dict
+        Step size, constant; or one each for ``"c"`` (logarithms of coefficients), ``"alpha"`` and
+        ``"L0"``.
     start : dict, optional
         Values that replace those of the default start: ``c_width`` = ``c_data`` = 400,
         ``c_depth`` = 4, exponents 1, ``L0`` 1.
+    units : dict, optional
+        What ``width``, ``depth`` and ``tokens`` are measured in, by default 1; coefficients, in
+        ``start`` and in the answer, are for inputs in these units.
     every : int
         Steps between rows of the answer.
 
@@ -841,7 +862,18 @@ def adam_path(
     x, _ = _check_fit(runs, law, 0, None, None)
     y = _log_losses(runs)
     steps, every = _checks.count(steps, "steps", low=0), _checks.count(every, "every")
-    _checks.number(learning_rate, "learning_rate", low=0, above=True)
+    if not isinstance(learning_rate, Mapping):
+        learning_rate = dict.fromkeys(("c", "alpha", "L0"), learning_rate)
+    for name, value in learning_rate.items():
+        _checks.word(name, ("c", "alpha", "L0"), "a name in learning_rate")
+        _checks.number(value, "learning_rate", low=0, above=True)
+    if set(learning_rate) != {"c", "alpha", "L0"}:
+        raise ValueError(f"learning_rate names c, alpha and L0, not only {list(learning_rate)}")
+    rates = np.array([learning_rate[group] for group in ["c"] * 3 + ["alpha"] * 3 + ["L0"]])
+    for name, value in dict(units or {}).items():
+        _checks.word(name, map(_column, LAWS[law]), "a name in units")
+        _checks.number(value, f"units[{name!r}]", low=0, above=True)
+    x = x - np.log([[(units or {}).get(_column(part), 1.0)] for part in LAWS[law]])
     for name, value in dict(start or {}).items():
         _checks.word(name, _names(law), "a name in start")
         _checks.number(value, f"start[{name!r}]", low=0, above=name.startswith("c_"))
@@ -861,6 +893,6 @@ def adam_path(
         mean += 0.1 * (gradient - mean)
         square += 0.001 * (gradient**2 - square)
         unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
-        theta = theta - learning_rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+        theta = theta - rates * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
     columns = [*_names(law), "objective"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("step")

@@ -455,3 +455,36 @@ def test_intervals_have_the_degrees_of_freedom_that_are_left():
     gain = 2 * (fit.log_likelihood - held.log_likelihood)
     assert held.aic - fit.aic == pytest.approx(gain - 2)
     assert held.bic - fit.bic == pytest.approx(gain - np.log(8))
+
+
+def test_the_published_path_is_walked(runs):
+    path = scaling.adam_path(runs, 50_000, every=10_000, **scaling.PUBLISHED)
+    assert path.loc[0, "alpha_depth"] == 1
+    # Of the published code: 1.018 after 10,000 steps; 1.201, its estimate, after 50,000.
+    assert path.loc[10_000, "alpha_depth"] == pytest.approx(1.018, abs=0.005)
+    assert path.loc[50_000, "alpha_depth"] == pytest.approx(1.201, abs=0.01)
+
+
+def test_units_change_the_path_and_not_the_law(runs):
+    exact = scaling.fit(runs).params
+    units = {"depth": 0.01, "tokens": 1e6}
+    start = exact.to_dict()
+    for part, column in {"depth": "depth", "data": "tokens"}.items():
+        start[f"c_{part}"] /= units[column] ** exact[f"alpha_{part}"]
+    own = scaling.adam_path(runs, 0, start=exact.to_dict())
+    other = scaling.adam_path(runs, 0, start=start, units=units)
+    assert own["objective"].iloc[0] == pytest.approx(other["objective"].iloc[0], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"learning_rate": {"c": 1e-3}}, "names c, alpha and L0, not only"),
+        ({"learning_rate": {"beta": 1e-3}}, "a name in learning_rate is 'c', 'alpha' or 'L0'"),
+        ({"units": {"params": 2.0}}, "a name in units is 'width', 'depth' or 'tokens'"),
+        ({"units": {"depth": 0}}, r"units\['depth'\] is a number above 0"),
+    ],
+)
+def test_settings_of_adam_that_make_no_sense(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        scaling.adam_path(runs, 1, **options)
