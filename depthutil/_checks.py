@@ -186,9 +186,9 @@ def wide(table: pd.DataFrame, index: list[str], across: str, value: str) -> pd.D
         i, j = np.argwhere(bad)[0]
         key = result.index[i] if isinstance(result.index[i], tuple) else (result.index[i],)
         pairs = zip((*index, across), (*key, result.columns[j]), strict=True)
-        where = ", ".join(f"{name} {entry:g}" for name, entry in pairs)
+        *row, column = (f"{name} {entry:g}" for name, entry in pairs)
         raise ValueError(
-            f"{value} is missing or not finite at {where} ({bad.sum()} such of {bad.size}): "
-            f"leave out {index[-1]} {key[-1]:g}"
+            f"{value} is missing or not finite at {', '.join([*row, column])} ({bad.sum()} such of "
+            f"{bad.size}): leave out {', '.join(row)}"
         )
     return result

@@ -292,7 +292,7 @@ def _decoder(model: Any) -> nn.Module:
     """The part that reads text, without the head."""
     try:
         decoder = model.get_decoder()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # it has none, or names a part that it lacks
         decoder = None
     if isinstance(decoder, nn.Module) and decoder is not model and hasattr(decoder, "config"):
         return decoder

@@ -7,7 +7,7 @@ sees later ones. :func:`measured` finds out on a short piece of the first batch,
 change what one part reads and look at what another returns. What it cannot confirm
 it refuses in one sentence; ``trajectory`` records and decodes only through what it returns.
 
-Hooks are set by :func:`hooked` alone, which takes them off whatever happens.
+Hooks are set by :func:`hooked` and :func:`watched` alone, which take them off whatever happens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -119,6 +119,35 @@ def hooked(
             handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for module, function in after:
             handles.append(module.register_forward_hook(returning(function)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watched(modules: Iterable[nn.Module], look: Callable[..., None]) -> Iterator[None]:
+    """Look at all that modules are given and return, until the block ends.
+
+    ``look`` is called with the module, its positional and its named arguments, and its output,
+    and changes none of them.
+
+    Examples
+    --------
+    >>> layer, seen = nn.Linear(2, 3), []
+    >>> with watched([layer], lambda module, args, kwargs, output: seen.append(output.shape)):
+    ...     _ = layer(torch.ones(1, 2))
+    >>> seen
+    [torch.Size([1, 3])]
+    """
+    handles = []
+
+    def hook(module, args, kwargs, output):
+        look(module, args, kwargs, output)
+
+    try:
+        for module in modules:
+            handles.append(module.register_forward_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -317,6 +346,12 @@ def fingerprint(*things: Any) -> str:
         Models (class, configuration, and all weights and buffers, to the last bit), tensors,
         mappings of them, and what JSON can hold.
 
+    Raises
+    ------
+    ValueError
+        If somebody's hook or another module's forward changes what a model computes, which
+        cannot be told from its weights.
+
     Returns
     -------
     str
@@ -336,10 +371,25 @@ def fingerprint(*things: Any) -> str:
     return digest.hexdigest()
 
 
+def _refuse_hooks(model: nn.Module) -> None:
+    """Libraries look at or move what passes through; what others do may be an ablation."""
+    for name, module in model.named_modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        homes = {(getattr(h, "__module__", None) or "").partition(".")[0] for h in hooks}
+        # accelerate wraps a module's own forward, and says so.
+        replaced = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+        if replaced or homes - {"transformers", "accelerate"}:
+            raise ValueError(
+                f"{type(model).__name__} has a hook on {name or 'itself'}, and a checkpoint cannot "
+                "tell what it does: record without checkpoint=, or take the hook off"
+            )
+
+
 def _feed(digest: Any, thing: Any) -> None:
     if isinstance(thing, nn.Module):
         config = getattr(thing, "config", None)
-        _feed(digest, [type(thing).__qualname__, getattr(thing, "training", None)])
+        _refuse_hooks(thing)
+        _feed(digest, type(thing).__qualname__)
         if hasattr(config, "to_dict"):
             _feed(digest, json.dumps(config.to_dict(), sort_keys=True, default=str))
         # A buffer that is not saved decides too: the frequencies of rotary positions.
@@ -397,8 +447,11 @@ def measured(
     """
     parts = models.anatomy(model) if parts is None else parts
     with evaluating(model):
-        probe = _Probe(model, parts, inputs)
-        if not probe.finite:
+        for piece in _pieces(inputs):
+            probe = _Probe(model, parts, piece)
+            if probe.finite:
+                break
+        else:
             return parts  # which is said with the token's place when its products are looked at
         probe.check_shape()
         probe.check_additive()
@@ -415,8 +468,7 @@ class _Probe:
     """One model, and a few tokens to measure it on."""
 
     def __init__(self, model: nn.Module, parts: Anatomy, inputs: Mapping[str, Tensor]):
-        self.model, self.parts = model, parts
-        self.inputs = _piece(inputs)
+        self.model, self.parts, self.inputs = model, parts, dict(inputs)
         self.shape = tuple(self.inputs["input_ids"].shape)
         real = self.inputs.get("attention_mask", torch.ones(self.shape)).bool().cpu()
         self.real = real.reshape(-1)
@@ -437,23 +489,17 @@ class _Probe:
 
     def _passing_outside(self) -> Tensor:
         """Run; keep what modules outside the blocks read and return, and return the last state."""
-        inside = {id(m) for block in self.parts.blocks for m in block.modules()}
-        handles = []
+        inside = {m for block in self.parts.blocks for m in block.modules()}
+        inside.add(self.parts.backbone)
 
         def keep(module, args, kwargs, output):
-            reads = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-            gives = output if isinstance(output, Tensor) else None
+            reads, gives = _first(*args, *kwargs.values()), _first(output)
             if reads is not None and gives is not None and reads.shape == gives.shape:
                 self.outside.append((module, reads.detach().clone(), gives.detach().clone()))
 
-        try:
-            for module in self.parts.backbone.modules():
-                if id(module) not in inside and module is not self.parts.backbone:
-                    handles.append(module.register_forward_hook(keep, with_kwargs=True))
+        others = [m for m in self.parts.backbone.modules() if m not in inside]
+        with watched(others, keep):
             output = forward(self.parts, self.inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
         return output if isinstance(output, Tensor) else output[0]
 
     # Are these the states?
@@ -501,21 +547,23 @@ class _Probe:
     def check_additive(self) -> None:
         """A block that adds leaves a stream that is much larger nearly as it was."""
         moved: dict[int, tuple[float, float]] = {}
+        scales: dict[int, float] = {}
         before, after = [], []
         for number, block in enumerate(self.parts.blocks):
             h, out = self.read[number][0], self.returned[number][0]
-            relative = float(_norm(_exact(out) - _exact(h)) / _norm(_exact(h)).clamp(min=1e-30))
+            relative = float((_exact(out) - _exact(h)).norm() / _exact(h).norm().clamp(min=1e-30))
             scale = SCALE * max(1.0, relative)
             if h.dtype == torch.float16:  # which ends at 65,504
                 scale = min(scale, 2e4 / float(h.abs().max().clamp(min=1e-30)))
             scale = max(2.0 ** round(math.log2(scale)), 1.0) if math.isfinite(scale) else 1.0
+            scales[number] = scale
 
             def enlarge(states, scale=scale):
                 return states * scale
 
             def look(states, number=number, h=h, out=out, scale=scale, relative=relative):
                 large = scale * _exact(h)
-                far = float(_norm(_exact(states) - large) / _norm(large).clamp(min=1e-30))
+                far = float((_exact(states) - large).norm() / large.norm().clamp(min=1e-30))
                 moved[number] = far, max(MOVES, 3 * relative / scale)
                 return out.clone()  # so that the next block reads what it did before
 
@@ -526,18 +574,27 @@ class _Probe:
         for number, (far, allowed) in sorted(moved.items()):
             # A sublayer without a norm of its own grows with the stream, but what is found to be
             # added is added.
-            if not far <= allowed and not self._adds(number):
+            if not far <= allowed and not self._adds(number, scales[number]):
                 raise self.refuse(
                     f"block {number + 1} normalises or rescales the stream itself (post-norm, "
                     f"scaled residuals), so that states are no sums of writes: one made "
                     f"{SCALE:,.0f} times larger moves by {far:.0%} of its length"
                 )
 
-    def _adds(self, number: int) -> bool:
-        """Whether a block's change was found to be made up of what its modules return."""
-        if self.parts.writes is not None:
-            return True  # which is checked
-        return self.found[number] is not None
+    def _adds(self, number: int, scale: float) -> bool:
+        """Whether an enlarged stream and what modules were found to write make up the output."""
+        if self.parts.writes is None and self.found[number] is None:
+            return False
+        known = self.parts.writes
+        writes = [w for w, _ in self.found[number]] if known is None else known[number]
+        block, out = self.parts.blocks[number], self.returned[number][0]
+        large, whole = scale * self.read[number][0], []
+        got: list[list[Tensor]] = [[] for _ in writes]
+        after = [(w.module, _keeping(g)) for w, g in zip(writes, got, strict=True)]
+        after += [(block, _keeping(whole)), (block, lambda _: out.clone())]
+        with hooked([(block, lambda _: large.clone())], after):
+            forward(self.parts, self.inputs)
+        return self._miss(large, whole[0], writes, [g[0] for g in got]) is None
 
     def check_causal(self) -> None:
         """A change of the last token leaves all earlier states as they were."""
@@ -559,7 +616,7 @@ class _Probe:
         mine, theirs = _exact(self.returned[-1][0]), _exact(got[0])
         earlier = torch.arange(self.shape[1])[None] < last[:, None]
         earlier = (earlier & real)[..., None]
-        far = _norm((mine - theirs) * earlier) / _norm(mine * earlier).clamp(min=1e-30)
+        far = ((mine - theirs) * earlier).norm() / (mine * earlier).norm().clamp(min=1e-30)
         eps = torch.finfo(got[0].dtype).eps
         if not float(far) <= (100 if eps < 1e-5 else 3) * eps:
             raise self.refuse(
@@ -638,21 +695,26 @@ class _Probe:
         outputs = iter(got)
         for number, writes in enumerate(parts.writes):
             h, out = self.read[number][0], self.returned[number][0]
-            values = [next(outputs)[0] for _ in writes]
-            eps = max(torch.finfo(x.dtype).eps for x in (h, out, *values))
-            before, after = (self._rows(x) for x in (h, out))
-            total, sizes = before, before.norm(dim=-1)
-            for write, value in zip(writes, values, strict=True):
-                added = write.scale * self._rows(value)
-                total, sizes = total + added, sizes + added.norm(dim=-1)
-            gap = (total - after).norm(dim=-1)
-            # A model that adds in its own precision rounds twice; this allows a few times that.
-            if not (gap <= 4 * eps * sizes).all():
-                worst = float((gap / after.norm(dim=-1)).max())
+            worst = self._miss(h, out, writes, [next(outputs)[0] for _ in writes])
+            if worst is not None:
                 raise self.refuse(
                     f"in block {number + 1} what attention and MLP write misses the change of "
                     f"the state by {worst:.1%} of its length"
                 )
+
+    def _miss(
+        self, h: Tensor, out: Tensor, writes: Sequence[Write], values: Sequence[Tensor]
+    ) -> float | None:
+        """By what part of its length a sum of writes misses the output; None if it does not."""
+        eps = max(torch.finfo(x.dtype).eps for x in (h, out, *values))
+        before, after = (self._rows(x) for x in (h, out))
+        total, sizes = before, before.norm(dim=-1)
+        for write, value in zip(writes, values, strict=True):
+            added = write.scale * self._rows(value)
+            total, sizes = total + added, sizes + added.norm(dim=-1)
+        gap = (total - after).norm(dim=-1)
+        # A model that adds in its own precision rounds twice; this allows a few times that.
+        return None if (gap <= 4 * eps * sizes).all() else float((gap / after.norm(dim=-1)).max())
 
     def _rows(self, states: Tensor) -> Tensor:
         """Real tokens' vectors ``(tokens, width)`` in double precision."""
@@ -740,6 +802,8 @@ class _Probe:
 
     def _named(self, write: Write, eps: float) -> Write:
         """The scale that the configuration gives in more digits than could be measured."""
+        if write.scale == 1:
+            return write
         for value in _named_numbers(self.parts.backbone.config).values():
             if abs(write.scale / value - 1) < 2 * eps:
                 return Write(write.module, value)
@@ -828,21 +892,29 @@ class _Probe:
         self.parts = replace(parts, scale=scale, softcap=softcap)
 
 
-def _piece(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A few rows and consecutive positions, those that hold the most real tokens."""
+def _pieces(inputs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """A few rows and consecutive positions, those that hold the most real tokens first.
+
+    First together, and then, in case one of them holds numbers that are not finite, by the row.
+    """
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool().cpu()
-    rows = real.sum(1).argsort(descending=True, stable=True)[: PROBE[0]].sort().values
-    start = int(real[rows].int().argmax(1).min())
-    columns = slice(start, start + PROBE[1])
+    order = real.sum(1).argsort(descending=True, stable=True)
     fits = {name: v for name, v in inputs.items() if v.shape[-2:] == ids.shape}
     others = {name: v for name, v in inputs.items() if name not in fits}
-    return {name: v[rows.to(v.device)][:, columns] for name, v in fits.items()} | others
+    for rows in (order[: PROBE[0]].sort().values, *order[:, None]):
+        start = int(real[rows].int().argmax(1).min())
+        columns = slice(start, start + PROBE[1])
+        yield {name: v[rows.to(v.device)][:, columns] for name, v in fits.items()} | others
 
 
 def _keeping(into: list[Tensor]) -> Callable[[Tensor], None]:
     """A hook that keeps copies: what comes later may write to the same memory."""
     return lambda states: into.append(states.detach().clone())
+
+
+def _first(*things: Any) -> Tensor | None:
+    return next((thing for thing in things if isinstance(thing, Tensor)), None)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -853,14 +925,10 @@ def _exact(states: Tensor) -> Tensor:
     return states.detach().cpu().double()
 
 
-def _norm(states: Tensor) -> Tensor:
-    return states.norm()
-
-
 def _differ(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
     """Whether what a module returned twice differs by more than the order of its sums makes."""
     eps = torch.finfo(dtype).eps
-    return float(_norm(one - other)) > (8 if eps < 1e-5 else 1) * eps * float(_norm(one))
+    return float((one - other).norm()) > (8 if eps < 1e-5 else 1) * eps * float(one.norm())
 
 
 class _Inside:
@@ -874,25 +942,16 @@ class _Inside:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        handles = []
-
         def keep(module, args, kwargs, output):
-            gives = output if isinstance(output, Tensor) else None
-            if gives is None and isinstance(output, tuple | list) and output:
-                gives = output[0] if isinstance(output[0], Tensor) else None
-            reads = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            gives = _first(*output[:1]) if isinstance(output, tuple | list) else _first(output)
+            reads = _first(*args, *kwargs.values())
             if gives is not None and gives.is_floating_point():
                 self.outputs.setdefault(module, []).append(gives.detach().clone())
             if reads is not None:
                 self.inputs[module] = reads.detach().clone()
 
-        try:
-            for module in self.names:
-                handles.append(module.register_forward_hook(keep, with_kwargs=True))
+        with watched(self.names, keep):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def value(self, module: nn.Module) -> Tensor:
         return _exact(self.outputs[module][0]).reshape(self.tokens, -1)
@@ -964,14 +1023,14 @@ def _adding_up(
         # Far off: spare the rest.
         if total - float(scales @ aims[at]) > max(1e-4, 64 * eps**2) * total:
             return None
-        # Ones stay ones; other numbers are as exact as they can be known.
-        if float((scales - 1).abs().max()) < 64 * eps:
-            scales = torch.ones_like(scales)
-        parts = scales[:, None] * stack[at]
-        gap = (parts.sum(0).view_as(change) - change).norm(dim=-1)
-        sizes = start.norm(dim=-1) + parts.view(len(at), *change.shape).norm(dim=-1).sum(0)
-        good = bool((gap <= 4 * eps * sizes).all()) and float(scales.abs().min()) > 1e-3
-        return scales.numpy() if good else None
+        # Ones where they will do; other numbers are as exact as they can be known.
+        for tried in (torch.ones_like(scales), scales):
+            parts = tried[:, None] * stack[at]
+            gap = (parts.sum(0).view_as(change) - change).norm(dim=-1)
+            sizes = start.norm(dim=-1) + parts.view(len(at), *change.shape).norm(dim=-1).sum(0)
+            if bool((gap <= 4 * eps * sizes).all()) and float(tried.abs().min()) > 1e-3:
+                return tried.numpy()
+        return None
 
     best: tuple[tuple, list[Write]] | None = None
     for i in range(len(modules)):

@@ -1123,8 +1123,7 @@ def decode_early(
             if moments.n.sum() == 0 and len(rows):
                 moments.shift = losses.mean(0).numpy()
             losses = losses - torch.from_numpy(moments.shift)
-            n = inside.sum(1, keepdim=True).expand(-1, losses.shape[1])
-            moments.add(n.numpy(), (inside @ losses).numpy(), (losses**2).sum(0).numpy())
+            moments.add(*(total.numpy() for total in tally(losses, inside)))
             tokens += len(rows)
             count += int((inside.sum(1) > 0).sum())
             report(number + 1, f"{tokens:,} tokens")
@@ -1173,18 +1172,13 @@ def _losses(
     states: list[Tensor] = []
     last: dict[str, Any] = {}
 
-    def keep_arguments(module, args, kwargs):
+    def keep_arguments(module, args, kwargs, output):
         last.update(args=args, kwargs=kwargs)
 
-    handle = parts.blocks[-1].register_forward_pre_hook(keep_arguments, with_kwargs=True)
-    try:
-        with stream.hooked(
-            before=[(block, states.append) for block in parts.blocks],
-            after=[(parts.blocks[-1], states.append)],
-        ):
-            stream.forward(parts, inputs)
-    finally:
-        handle.remove()
+    before = [(block, states.append) for block in parts.blocks]
+    after = [(parts.blocks[-1], states.append)]
+    with stream.watched(parts.blocks[-1:], keep_arguments), stream.hooked(before, after):
+        stream.forward(parts, inputs)
     end, where = states[-1], stream.device_of(parts.blocks[-1])
     args, kwargs = last["args"], last["kwargs"]
 

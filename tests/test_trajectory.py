@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from test_models import build, tokens
 
 from depthutil import gram as gram_of
-from depthutil import signatures, trajectory
+from depthutil import signatures, stream, trajectory
 from depthutil.trajectory import Trajectory
 
 
@@ -738,3 +738,33 @@ def test_a_checkpoint_knows_all_its_inputs(name, tmp_path):
     assert not torch.equal(other[name], batch[name])
     with pytest.raises(ValueError, match="recording of other text"):
         trajectory.record(model, [other], checkpoint=path)
+
+
+def test_a_checkpoint_does_not_pretend_to_know_what_a_hook_does(tmp_path):
+    path, model = tmp_path / "recording.npz", build("llama")
+    whole = trajectory.record(model, [tokens()], checkpoint=path).table()
+    mlp = model.model.layers[1].mlp
+    changes = (
+        stream.hooked(after=[(mlp, torch.zeros_like)]),
+        stream.computing_as((mlp, model.model.layers[0].mlp)),
+    )
+    for change in changes:
+        with change:
+            with pytest.raises(ValueError, match=r"a hook on model\.layers\.1\.mlp.*checkpoint="):
+                trajectory.record(model, [tokens()], checkpoint=path)
+            assert not trajectory.record(model, [tokens()]).table().equals(whole)
+    model(tokens(), output_hidden_states=True)  # leaves hooks of the library's own
+    assert trajectory.record(model, [tokens()], checkpoint=path).table().equals(whole)
+
+
+@pytest.mark.parametrize("call", [trajectory.record, trajectory.decode_early])
+def test_a_document_that_is_left_out_does_not_spare_the_rest_the_measuring(call):
+    model = build("llama")
+    model.config.is_causal = False
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5] = torch.inf
+    ids = tokens(3)
+    ids[ids == 5] = 6
+    ids[0, 2] = 5
+    with pytest.raises(ValueError, match="not causal"):
+        call(model, [ids], mask=lambda ids, real: (ids != 5).all(1, keepdim=True) & real)

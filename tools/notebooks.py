@@ -510,7 +510,6 @@ class Ran:
     cpu: float
     wall: float
     limit: float
-    code: int
     output: str
 
     @property
@@ -573,7 +572,6 @@ def run(name: str) -> Ran:
     command += [f"--nbmake-timeout={WALL * limit:.0f}"]
     command += ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings=", str(path)]
     log, begin = path.with_suffix(".log"), time.perf_counter()
-    before = _children_seconds()
     with log.open("wb") as file, _kernel(path) as environment:
         process = subprocess.Popen(
             command,
@@ -586,14 +584,14 @@ def run(name: str) -> Ran:
         with _LOCK:
             _CHILDREN.add(process)
         try:
-            code, usage = _wait(process, begin + WALL * limit)
+            code, cpu = _wait(process, begin + WALL * limit)
         finally:
             with _LOCK:
                 _CHILDREN.discard(process)
-    cpu = usage if usage is not None else _children_seconds() - before
     wall = time.perf_counter() - begin
     passed = code == 0 and _finished(nbformat.read(path, as_version=4))
-    return Ran(path, passed, cpu, wall, limit, code, log.read_text(errors="replace"))
+    passed = passed and path.with_suffix(".checks.json").exists()
+    return Ran(path, passed, cpu, wall, limit, log.read_text(errors="replace"))
 
 
 #: What runs in every kernel, to see whether the chapter's checks can fail.
@@ -606,13 +604,19 @@ def _kernel(path: Path):
     with tempfile.TemporaryDirectory(prefix="book-") as folder:
         startup = Path(folder) / "profile_default" / "startup"
         startup.mkdir(parents=True)
-        code = HOOK.read_text().replace("from __future__ import annotations\n", "", 1)
-        # In a function, so that the chapter's namespace stays its own.
-        script = "import sys as _s, types as _t\n_m = _t.ModuleType('check_hook')\n"
-        script += "_m.get_ipython = get_ipython\n_s.modules['check_hook'] = _m\n"
-        script += f"exec(compile({code!r}, {str(HOOK)!r}, 'exec'), _m.__dict__)\ndel _s, _t, _m\n"
+        checks = path.with_suffix(".checks.json")
+        checks.unlink(missing_ok=True)  # of a run that was stopped
+        # A module of its own, and no name left in the chapter's namespace.
+        script = f"""
+import importlib.util as _util
+_spec = _util.spec_from_file_location("check_hook", {str(HOOK)!r})
+_hook = _util.module_from_spec(_spec)
+_spec.loader.exec_module(_hook)
+_hook.install(get_ipython(), {str(checks)!r})
+del _util, _spec, _hook
+"""
         (startup / "checks.py").write_text(script)
-        yield {"IPYTHONDIR": folder, "BOOK_CHECKS": str(path.with_suffix(".checks.json"))}
+        yield {"IPYTHONDIR": folder}
 
 
 def checks_of(name: str) -> Path:
@@ -620,10 +624,8 @@ def checks_of(name: str) -> Path:
     return EXECUTED / f"{name}.checks.json"
 
 
-def _wait(process: subprocess.Popen, until: float) -> tuple[int, float | None]:
+def _wait(process: subprocess.Popen, until: float) -> tuple[int, float]:
     """Wait for a process; its status, and the processor time of all that it waited for."""
-    if not hasattr(os, "wait4"):
-        return process.wait(), None
     while True:
         pid, status, usage = os.wait4(process.pid, os.WNOHANG)
         if pid:
@@ -634,12 +636,8 @@ def _wait(process: subprocess.Popen, until: float) -> tuple[int, float | None]:
         time.sleep(0.2)
 
 
-def _children_seconds() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
-
-
-_LOCK, _CHILDREN = threading.Lock(), set()
+# A signal may come while this very thread ends them: it may take the lock again.
+_LOCK, _CHILDREN = threading.RLock(), set()
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -661,8 +659,8 @@ def _end_children() -> None:
 
 def _end_with_make() -> None:
     """On Linux, be told when the make that runs this is killed, as no signal reaches children."""
-    parent = psutil.Process(os.getppid())
     with suppress(psutil.Error, OSError, AttributeError):
+        parent = psutil.Process(os.getppid())
         if parent.name() in ("make", "gmake"):
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)
             if os.getppid() != parent.pid:  # it has ended in between
