@@ -28,8 +28,8 @@ executed: .venv/installed  ## execute with nbmake the chapters whose inputs chan
 	$(BIN)/python tools/notebooks.py execute
 
 ladder: .venv/installed  ## train models/ again, in hours; goes on where it was stopped (JOBS=…, LADDER=folder)
-	$(BIN)/python tools/train_ladder.py run --folder $(LADDER) --jobs $(JOBS)
-	$(BIN)/python tools/train_ladder.py assemble --folder $(LADDER)
+	$(BIN)/python tools/archive.py ladder run --folder $(LADDER) --jobs $(JOBS)
+	$(BIN)/python tools/archive.py ladder assemble --folder $(LADDER)
 
 lint: .venv/installed  ## check the code's style
 	$(BIN)/ruff check .

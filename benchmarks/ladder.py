@@ -25,14 +25,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from depthutil import _arguments, _corpus, _grid, _ladder, ladder
+from depthutil import _arguments, _runs, corpus, ladder
 
 
 def plain(config: ladder.LadderConfig, depth: int, text: ladder.Corpus) -> Callable[[], None]:
     """A step as one would write it with transformers."""
-    model = _ladder.new_model(config, depth, 0)
+    model = ladder.model.new_model(config, depth, 0)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=config.weight_decay)
-    windows = _corpus.Windows(text.training, config.sequence, config.batch, 0)
+    windows = corpus.Windows(text.training, config.sequence, config.batch, 0)
     batches = [torch.from_numpy(windows(step)) for step in range(50)]
     count = 0
 
@@ -56,7 +56,7 @@ def ours(
 ) -> Callable[[], None]:
     """A step of the ladder."""
     device = torch.device("cpu")
-    return _ladder.Trainer(config, depth, 0, 1e-3, text, device, compiled, False).advance
+    return ladder.training.Trainer(config, depth, 0, 1e-3, text, device, compiled, False).advance
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> pd.DataFrame:
@@ -98,7 +98,7 @@ def main() -> None:
         f"{transformers.__version__}; width {config.width}, batches of {config.batch} x "
         f"{config.sequence} tokens"
     )
-    with _grid.cpu(1):
+    with _runs.cpu(1):
         for depth in args.depths:
             steps = {
                 "transformers": plain(config, depth, text),

@@ -24,7 +24,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import _arguments, kernels, toy, toy_model
+from depthutil import _arguments, toy
+from depthutil.toy import kernels
 
 NO_GPU = "There is no GPU here"
 TARGET = "Target: figure 3b within 0.25 h on one H200, 100 times the rate of one by one."
@@ -56,16 +57,16 @@ class Watch:
 
 def one_by_one(config: toy.ToyConfig, depth: int, device: str) -> list[float]:
     """Seconds of the steps of one student, teacher's pass included, trained by itself."""
-    *deep, head = toy_model.teacher_weights(config, 0, 0.0)
+    *deep, head = toy.teacher_weights(config, 0, 0.0)
     deep, head = toy.Network(*deep).to(device), head.to(device)
-    student = toy.Network(*toy_model.student_weights(config, 0, depth, 0)).to(device)
+    student = toy.Network(*toy.student_weights(config, 0, depth, 0)).to(device)
     adam = torch.optim.Adam(student.parameters(), lr=config.learning_rate)
     watch = Watch(1, device)
     for _ in range(config.steps):
         x = torch.randn(config.batch, config.width, device=device)
         with torch.no_grad():
-            target = toy_model.targets(config, deep(x), head, config.temperatures[0])
-        loss = toy_model.losses(config, student(x), student.head, config.temperatures[0], target)
+            target = toy.targets(config, deep(x), head, config.temperatures[0])
+        loss = toy.losses(config, student(x), student.head, config.temperatures[0], target)
         adam.zero_grad()
         loss.backward()
         adam.step()

@@ -14,11 +14,8 @@ module          holds
 ``moments``     means over tokens, with errors over documents
 ``signatures``  what hidden states say: the diagnostic that tells the three ways
                 apart
-``toy``         a grid of students trained at once to imitate deeper teachers
-``toy_model``   their settings, networks and losses, plainly; ``toy`` shows them
-                too
-``kernels``     stacks of residual networks, forward and backward: in PyTorch
-                anywhere, in Triton on a GPU
+``toy``         a grid of students trained at once to imitate deeper teachers; how they
+                use their depth
 ``models``      loading language models by name; where their blocks, sublayers,
                 norms and head are (needs the ``models`` extra)
 ``stream``      a live model: hooks that come off whatever happens, and what its
@@ -26,8 +23,9 @@ module          holds
 ``trajectory``  what every layer writes, recorded over a corpus: norms, angles,
                 contributions and early decoding, with standard errors
 ``nulls``       untrained and shuffled networks, to compare a trained one with
-``ladder``      small language models of one width and several depths, their text
-                and their training (needs the ``models`` extra)
+``corpus``      the text of the small language models, and its tokens
+``ladder``      small language models of one width and several depths, and their
+                training (needs the ``models`` extra)
 ``explorer``    the law as a figure that the reader moves
 ``archive``     measurements that take longer than a chapter may: saved and
                 read with their provenance

@@ -225,7 +225,7 @@ def save(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "wall_seconds": float(wall_seconds),
         "version": __version__,
-        "commit": _commit(),
+        "commit": commit(),
     } | ({"method": method} if method else {})
     if not isinstance(frame, pd.DataFrame):
         raise TypeError(f"frame is a pandas DataFrame, not a {type(frame).__name__}")
@@ -297,7 +297,7 @@ def _checksum(table: pa.Table, about: bytes) -> bytes:
     return hashlib.sha256(parts).hexdigest().encode()
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit of the clone this package runs from, with '+' if files differ from it."""
     git = ["git", "-C", str(_PACKAGE.parent)]
     try:

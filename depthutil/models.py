@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from depthutil import _checks, _corpus, archive
+from depthutil import _checks, archive, corpus
 
 #: For each ``model_type`` that is known by name, where in the backbone its blocks and its
 #: final norm are, and in a block, attention and MLP, and the two modules whose outputs are added to
@@ -661,8 +661,8 @@ def texts(
 
 
 def _held_out(count: int, length: int) -> list[str]:
-    documents = len(_corpus.held_out())
-    pieces = _corpus.held_out(length=length, per_document=-(-count // documents))
+    documents = len(corpus.held_out())
+    pieces = corpus.held_out(length=length, per_document=-(-count // documents))
     step = max(len(pieces) / count, 1)
     return [pieces[int(i * step)] for i in range(min(count, len(pieces)))]
 

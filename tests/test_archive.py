@@ -222,23 +222,23 @@ def test_the_commit_of_another_repository_is_not_ours(tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "_PACKAGE", package)
     for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "mine"]):
         subprocess.run([*git, *command], check=True)
-    assert archive._commit() == "unknown"
+    assert archive.commit() == "unknown"
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "all"], check=True)
-    assert archive._commit() == "unknown"
+    assert archive.commit() == "unknown"
     own = tmp_path / "clone"
     subprocess.run(["git", "init", "-q", str(own)], check=True)
     (own / "depthutil").mkdir()
     monkeypatch.setattr(archive, "_PACKAGE", own / "depthutil")
-    assert archive._commit() == "unknown"  # nothing is committed there
+    assert archive.commit() == "unknown"  # nothing is committed there
     subprocess.run(
         ["git", "-C", str(own), *git[3:], "commit", "-q", "--allow-empty", "-m", "a"], check=True
     )
-    assert archive._commit() == "unknown"  # nor this file
+    assert archive.commit() == "unknown"  # nor this file
     (own / "depthutil" / "archive.py").write_text("")
     git[2] = str(own)
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "all"], check=True)
-    assert len(archive._commit()) == 40
+    assert len(archive.commit()) == 40
     (own / "depthutil" / "archive.py").write_text("changed")
-    assert archive._commit()[-1] == "+"
+    assert archive.commit()[-1] == "+"

@@ -1,4 +1,4 @@
-"""The scripts that fill results/, on grids of seconds: run, killed, shared, assembled."""
+"""The command that fills results/, on grids of seconds: run, killed, shared, assembled."""
 
 import re
 import signal
@@ -6,13 +6,10 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import archive_nested_steps
-import archive_toy
-import archive_toy_patience
-import archive_toy_phase
-import archive_toy_updates
+import archive as command
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
 from depthutil import _runs, archive, toy
@@ -29,6 +26,18 @@ TINY = toy.ToyConfig(
     test_every=10,
 )
 SHARDS = toy.shards(TINY)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def call(tmp_path):
+    """The command, with a folder for shards and one for results."""
+
+    def call(name, action, *more):
+        places = ["--folder", str(tmp_path / "shards"), "--results", str(tmp_path / "results")]
+        command.main([name, action, *places, *more])
+
+    return call
 
 
 def whole(path, rows=None):
@@ -40,194 +49,226 @@ def whole(path, rows=None):
     return archived
 
 
-# archive_toy ----------------------------------------------------------------------------
+# Grids ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    monkeypatch.setitem(archive_toy.RUNS, "fig3b", TINY)
-    return ["fig3b", "--folder", str(tmp_path / "shards")]
+def tiny(monkeypatch):
+    monkeypatch.setitem(command.GRIDS, "fig3b", TINY)
 
 
 KILLED = """
 import os, signal, sys
 sys.path[:0] = [{tools!r}]
-import archive_toy
-import archive_toy_patience
-from depthutil import _grid, toy
-archive_toy.RUNS["fig3b"] = toy.ToyConfig(**{settings!r})
+import archive
+from depthutil import toy
+archive.GRIDS["fig3b"] = toy.ToyConfig(**{settings!r})
 train = toy.train
 def often(*args, **options):
     return train(*args, **options | {{"checkpoint_seconds": 0}})
-def advance(trainer, original=_grid.Trainer.advance):
+def advance(trainer, original=toy.grid.Trainer.advance):
     if trainer.step == 25:
         os.kill(os.getpid(), signal.SIGKILL)
     original(trainer)
-toy.train, _grid.Trainer.advance = often, advance
-archive_toy.main(sys.argv[1:])
+toy.train, toy.grid.Trainer.advance = often, advance
+archive.main(sys.argv[1:])
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(place, tmp_path, capsys):
+def test_a_killed_run_goes_on_where_it_was(tiny, call, tmp_path, capsys):
     settings = {f: getattr(TINY, f) for f in TINY.__dataclass_fields__}
     code = KILLED.format(tools=str(ROOT / "tools"), settings=settings)
-    done = subprocess.run([sys.executable, "-c", code, "run", *place], cwd=ROOT)
+    words = ["fig3b", "run", "--folder", str(tmp_path / "shards")]
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT)
     assert done.returncode == -signal.SIGKILL
     (checkpoint,) = (tmp_path / "shards").glob("*.pt")
     assert checkpoint.stem == toy.slug(SHARDS[0])
-    archive_toy.main(["status", *place])
+    call("fig3b", "status")
     lines = capsys.readouterr().out.splitlines()
-    assert [re.search(r"tested at step (\d+)", line).group(1) for line in lines] == [
-        *("20", "0", "0", "0")
-    ]
-    archive_toy.main(["run", *place])
+    assert re.search(r"tested at step 20,", lines[0])
+    assert all(line.endswith("not begun") for line in lines[1:]) and len(lines) == 4
+    call("fig3b", "run")
     assert len(capsys.readouterr().out.splitlines()) == 4
-    output = tmp_path / "out.parquet"
-    archive_toy.main(["assemble", *place, "--output", str(output)])
+    call("fig3b", "assemble")
+    output = tmp_path / "results" / "toy_fig3b.parquet"
     result = toy.ToyResult.load(output)
     assert result.config == replace(TINY, rhos=(0.0, 1.0))
     undisturbed = toy.merge(toy.sweep(SHARDS, threads=1))
     pd.testing.assert_frame_equal(result.losses, undisturbed.losses, check_exact=True)
-    assert "parts of the grid" not in whole(output).provenance["scale"]
+    assert "parts" not in whole(output).provenance["scale"]
 
 
-def test_a_shard_that_another_process_trains_is_left_alone(place, tmp_path, capsys):
+def test_a_shard_that_another_process_trains_is_left_alone(tiny, call, tmp_path, capsys):
     taken = tmp_path / "shards" / f"{toy.slug(SHARDS[1])}.pt"
     with _runs.claimed(taken) as ours:
         assert ours
-        archive_toy.main(["run", *place])
+        call("fig3b", "run")
     lines = capsys.readouterr().out.splitlines()
     assert [line.endswith("is taken") for line in lines] == [False, True, False, False]
     assert not taken.exists() and len(list(taken.parent.glob("*.pt"))) == 3
-    archive_toy.main(["run", *place, "--shards", "1"])
+    call("fig3b", "assemble")
+    output = tmp_path / "results" / "toy_fig3b.parquet"
+    assert whole(output).provenance["scale"].endswith("; 3 of 4 parts")
+    call("fig3b", "run", "--shards", "1")
     assert toy.ToyResult.from_checkpoint(taken).losses["step"].max() == TINY.steps
 
 
-def test_what_is_not_done_is_said(place, tmp_path, capsys):
-    output = tmp_path / "out.parquet"
-    with pytest.raises(SystemExit, match="no shard has reached step 40: give fewer --steps"):
-        archive_toy.main(["assemble", *place, "--output", str(output)])
-    assert not output.exists()
-    with pytest.raises(SystemExit):
-        archive_toy.main(["run", "fig9", *place[1:]])
-    assert "invalid choice: 'fig9'" in capsys.readouterr().err
+def test_what_is_not_done_is_said(tiny, call, tmp_path):
+    with pytest.raises(SystemExit, match=r"no shard of fig3b in .* is finished: run goes on"):
+        call("fig3b", "assemble")
+    call("fig3b", "run", "--shards", "0", "--steps", "20")
+    with pytest.raises(SystemExit, match=r"no shard of fig3b in .* is finished: run goes on"):
+        call("fig3b", "assemble")
+    assert not (tmp_path / "results").exists()
+    call("fig3b", "assemble", "--steps", "20")
+    assert whole(tmp_path / "results" / "toy_fig3b.parquet").frame["step"].max() == 20
 
 
-# archive_toy_phase ----------------------------------------------------------------------
+def small(config):
+    sizes = {"width": 4, "vocabulary": 6, "teacher_depth": 8, "teachers": (0, 1)}
+    return replace(config, **sizes, depths=(1, 2))
 
 
-@pytest.mark.parametrize(("name", "steps"), [("phase", 4), ("budgets", 500), ("noise", 2)])
-def test_each_run_of_the_phase_script_is_archived(name, steps, tmp_path, monkeypatch, capsys):
-    paper = toy.ToyConfig.paper
-
-    def small(experiment, scale, **changes):
-        sizes = {"width": 4, "vocabulary": 6, "teacher_depth": 8, "teachers": (0, 1)}
-        return replace(paper(experiment, scale, **changes), **sizes, depths=(1, 2))
-
-    monkeypatch.setattr(toy.ToyConfig, "paper", small)
-    monkeypatch.setattr(archive_toy_phase, "BUDGETS", (4, 8))
-    monkeypatch.setattr(archive_toy_phase, "NOISE", ((4, 1), (8, 2)))
-    out, extra = tmp_path / "out.parquet", ["--checkpoint", str(tmp_path / "phase.pt")]
-    command = ["x", name, "--steps", str(steps), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", command + extra * (name == "phase"))
-    archive_toy_phase.main()
+@pytest.mark.parametrize(
+    ("name", "shards", "steps"),
+    [("phase", 14, {4}), ("budgets", 5, {1, 2, 4, 8, 16}), ("noise", 4, {1, 4})],
+)
+def test_each_short_grid_is_archived(name, shards, steps, call, tmp_path, monkeypatch, capsys):
+    if name == "phase":
+        monkeypatch.setitem(command.GRIDS, name, small(command.GRIDS[name]))
+    else:
+        members = [(small(config), label) for config, label in command.LABELLED[name]]
+        monkeypatch.setitem(command.LABELLED, name, members)
+    most = str(max(steps))
+    call(name, "run", "--steps", most)
+    assert len(capsys.readouterr().out.splitlines()) == shards
+    call(name, "assemble", "--steps", most)
+    out = tmp_path / "results" / f"toy_{name}.parquet"
     archived = whole(out)
     assert {*toy.GRID, "step", "loss"} <= set(archived.frame.columns)
     assert str(out) in capsys.readouterr().out
-    steps = {"phase": {1, 2, 3, 4}, "budgets": {4, 8}, "noise": {2, 4}}[name]
     assert set(archived.frame["step"]) == steps
-    assert (tmp_path / "phase.pt").exists() == (name == "phase")
+    assert ("batch" in archived.frame) == (name == "noise")
 
 
-# archive_nested_steps -------------------------------------------------------------------
+def test_the_shards_of_a_grid_have_the_losses_of_the_whole():
+    config = small(command.GRIDS["phase"])
+    config = replace(config, steps=20, test_every=10)
+    parts = toy.merge(toy.sweep(toy.shards(config), threads=1)).losses
+    alone = toy.train(config, threads=1).losses
+    order = ["step", *toy.GRID]
+    alone = alone.sort_values(order, ignore_index=True)
+    pd.testing.assert_frame_equal(parts, alone, rtol=1e-5)
 
 
-def test_nested_steps_are_archived(tmp_path, monkeypatch):
-    ways = {way: settings | {"steps": 2} for way, settings in archive_nested_steps.WAYS.items()}
-    monkeypatch.setattr(archive_nested_steps, "WAYS", ways)
-    monkeypatch.setattr(archive_nested_steps, "FOLDS", (2,))
-    monkeypatch.setattr(archive_nested_steps, "DEPTHS", (1, 2))
-    out = tmp_path / "new" / "nested.parquet"
-    monkeypatch.setattr(sys, "argv", ["x", "--seeds", "2", "--out", str(out)])
-    archive_nested_steps.main()
-    archived = whole(out, rows=3 * 2 * 2)
+# Folds ----------------------------------------------------------------------------------
+
+
+def test_nested_steps_are_archived(call, tmp_path, monkeypatch, capsys):
+    run = command.NestedSteps
+    ways = {way: settings | {"steps": 2} for way, settings in run.ways.items()}
+    monkeypatch.setattr(run, "ways", ways)
+    monkeypatch.setattr(run, "folds", (2,))
+    monkeypatch.setattr(run, "depths", (1, 2))
+    call("nested_steps", "run", "--seeds", "2")
+    made = {p: p.stat().st_mtime_ns for p in (tmp_path / "shards").glob("*.parquet")}
+    call("nested_steps", "run", "--seeds", "2")  # which finds all of them there
+    assert len(made) == 3 and all(p.stat().st_mtime_ns == t for p, t in made.items())
+    call("nested_steps", "status", "--seeds", "2")
+    assert "done in" in capsys.readouterr().out
+    call("nested_steps", "assemble", "--seeds", "2")
+    archived = whole(tmp_path / "results" / "nested_steps.parquet", rows=3 * 2 * 2)
     assert set(archived.frame["training"]) == set(ways)
     assert archived.provenance["config"]["networks"] == 2
 
 
-# archive_toy_updates --------------------------------------------------------------------
+# How students use their depth -----------------------------------------------------------
 
 
 @pytest.fixture
-def updates(tmp_path, monkeypatch):
-    """The script with a small base and a place of its own to write results to."""
+def updates(monkeypatch):
+    """Small parts."""
     sizes = {"width": 4, "teacher_depth": 8, "batch": 8, "steps": 6, "teachers": (0, 1)}
-    small = {
+    parts = {
         name: replace(
             part,
             config=replace(part.config, **sizes, depths=(2, 3), decay=False),
             marks=(0, 6) if part.units is None else (6,),
             units=part.units and 48,
         )
-        for name, part in archive_toy_updates.PARTS.items()
+        for name, part in command.PARTS.items()
     }
-    monkeypatch.setattr(archive_toy_updates, "PARTS", small)
-    monkeypatch.setattr(archive_toy_updates, "INPUTS", 20)
-    monkeypatch.setattr(archive_toy_updates, "ROOT", tmp_path)
-    return archive_toy_updates
+    monkeypatch.setattr(command, "PARTS", parts)
+    monkeypatch.setattr(command, "INPUTS", 20)
 
 
-def test_updates_are_measured_part_by_part_and_joined(updates, tmp_path, capsys):
-    folder = ["--folder", str(tmp_path / "parts")]
-    with pytest.raises(SystemExit, match="parts holds no finished part"):
-        updates.main(["assemble", *folder])
-    with pytest.raises(SystemExit):
-        updates.main(["run", "min", *folder])
-    assert "there is no part min: choose from main" in capsys.readouterr().err
-    names = ["main", "starts", "second_order", "shape"]
-    updates.main(["run", *names, *folder])
-    updates.main(["assemble", *folder])
+def test_updates_are_measured_part_by_part_and_joined(updates, call, tmp_path):
+    with pytest.raises(SystemExit, match="no shard of updates in"):
+        call("updates", "assemble")
+    names = list(command.PARTS)
+    wanted = [str(names.index(n)) for n in ("main", "starts", "second_order", "shape")]
+    call("updates", "run", "--shards", *wanted)
+    call("updates", "assemble")
     students = whole(tmp_path / "results" / "toy_updates.parquet")
     profiles = whole(tmp_path / "results" / "toy_updates_profiles.parquet")
-    assert set(students.frame["part"]) == set(profiles.frame["part"]) == set(names)
-    assert set(students.provenance["config"]) == set(names)
+    parts = {"main", "starts", "second_order", "shape"}
+    assert set(students.frame["part"]) == set(profiles.frame["part"]) == parts
+    assert set(students.provenance["config"]) == parts
     last = students.frame[students.frame["step"] == 6]
     assert last["loss"].gt(0).all() and last["regime"].notna().all()
+    assert set(profiles.frame["statistic"]) == {"off_path", "straight_off_path", "update", "lag"}
+    archived = archive.load(ROOT / "results" / "toy_updates.parquet").frame
+    assert set(students.frame.columns) == set(archived.columns)
+    archived = archive.load(ROOT / "results" / "toy_updates_profiles.parquet").frame
+    assert set(profiles.frame.columns) == set(archived.columns)
 
 
-def test_parts_can_run_side_by_side_and_with_fewer_steps(updates, tmp_path):
-    folder = ["--folder", str(tmp_path / "parts")]
-    updates.main(["run", "shallow", "--steps", "3", *folder])
-    updates.main(["assemble", *folder])
+def test_parts_can_have_fewer_steps(updates, call, tmp_path):
+    shallow = str(list(command.PARTS).index("shallow"))
+    call("updates", "run", "--shards", shallow, "--steps", "3")
+    call("updates", "assemble", "--steps", "3")
     students = whole(tmp_path / "results" / "toy_updates.parquet")
     assert set(students.frame["part"]) == {"shallow"}
     assert students.frame["step"].max() == 3
 
 
-# archive_toy_patience -------------------------------------------------------------------
+def test_students_begin_as_they_are_told():
+    config = replace(TINY, loss="mse", head="none", rhos=(0.0,), teachers=(1,), depths=(4,))
+    tied, taught = (toy.grid.Trainer(config, CPU, start=s) for s in ("tied", "teacher"))
+    (w1, b, w2), own = tied.groups[0].weights, toy.teacher_weights(config, 1, 0.0)
+    assert (w1 == w1[:1]).all() and (b == b[:1]).all() and not w2.any()
+    w1, _, w2 = taught.groups[0].weights
+    assert w1[:, 0].equal(own[0][::2]) and w2[:, 0].equal(2 * own[2][::2])
+    wide = toy.grid.Trainer(replace(config, expansion=8), CPU, taught_by=config)
+    assert wide.teachers.w1[:, 0].equal(own[0]) and wide.groups[0].weights[0].shape[2] == 32
+    with pytest.raises(ValueError, match="start is"):
+        toy.grid.Trainer(config, CPU, start="late")
+
+
+# Many lengths ---------------------------------------------------------------------------
 
 
 @pytest.fixture
-def lengths(tmp_path, monkeypatch):
+def lengths(monkeypatch):
     config = replace(
         TINY, teachers=(0,), temperatures=(0.1, 1.0), head="given", temperature_on="both"
     )
     config = replace(config, depth_factor=4.0, decay=True, steps=40)
-    monkeypatch.setattr(archive_toy_patience, "CONFIG", config)
-    monkeypatch.setattr(archive_toy_patience, "LENGTHS", (10, 20, 40))
-    return ["--folder", str(tmp_path / "patience")]
+    monkeypatch.setattr(command.Patience, "config", config)
+    monkeypatch.setattr(command.Patience, "lengths", (10, 20, 40))
 
 
-def test_a_branch_ends_like_a_run_that_was_alone_from_the_start(lengths, tmp_path):
-    output = tmp_path / "patience.parquet"
-    with pytest.raises(SystemExit, match="no finished shard"):
-        archive_toy_patience.main(["assemble", *lengths, "--output", str(output)])
-    archive_toy_patience.main(["run", *lengths, "--shards", "1"])
-    archive_toy_patience.main(["run", *lengths])
-    archive_toy_patience.main(["assemble", *lengths, "--output", str(output)])
-    table = whole(output).frame
-    config, order = archive_toy_patience.CONFIG, list(toy.GRID)
-    for length in archive_toy_patience.LENGTHS:
+def test_a_branch_ends_like_a_run_that_was_alone_from_the_start(lengths, call, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="no shard of patience"):
+        call("patience", "assemble")
+    call("patience", "run", "--shards", "1")
+    call("patience", "run")
+    call("patience", "status")
+    assert capsys.readouterr().out.count("3 of 3 lengths done, up to 40 steps") == 2
+    call("patience", "assemble")
+    table = whole(tmp_path / "results" / "toy_patience.parquet").frame
+    config, order = command.Patience.config, list(toy.GRID)
+    for length in command.Patience.lengths:
         alone = toy.train(replace(config, steps=length, test_every=length), threads=1).losses
         branch = table[table["annealed"] & (table["step"] == length)].drop(columns="annealed")
         pd.testing.assert_frame_equal(
@@ -236,15 +277,15 @@ def test_a_branch_ends_like_a_run_that_was_alone_from_the_start(lengths, tmp_pat
         )
 
 
-def test_students_of_the_other_scripts_are_measured(lengths, tmp_path, monkeypatch, capsys):
-    small = replace(TINY, teachers=(0,), depths=(2, 3), loss="mse", head="none")
-    for name in archive_toy_updates.LARGE:
-        monkeypatch.setitem(archive_toy.RUNS, name, small)
-    monkeypatch.setattr(archive_toy_updates, "ROOT", tmp_path)
-    (tmp_path / "results").mkdir()
-    archive_toy.main(["run", "fig5", *lengths, "--shards", "0"])
-    archive_toy_patience.main(["run", *lengths, "--shards", "0"])
-    archive_toy_updates.main(["finished", *lengths])
+def test_students_of_other_runs_are_measured(lengths, call, tmp_path, monkeypatch, capsys):
+    config = replace(TINY, teachers=(0,), depths=(2, 3), loss="mse", head="none")
+    for name, steps in (("fig5", 40), ("second_order", 50), ("shallow_teacher", 60)):
+        monkeypatch.setitem(command.GRIDS, name, replace(config, steps=steps, test_every=steps))
+    call("fig5", "run", "--shards", "0")
+    call("patience", "run", "--shards", "0")
+    for name in ("fig5_updates", "patience_updates"):
+        call(name, "run")
+        call(name, "assemble")
     assert "is not done" in capsys.readouterr().out
     students = {
         name: whole(tmp_path / "results" / f"{name}_updates.parquet").frame
@@ -253,3 +294,5 @@ def test_students_of_the_other_scripts_are_measured(lengths, tmp_path, monkeypat
     assert set(students["toy_fig5"]["rho"]) == {1.0}
     assert set(students["toy_patience"]["step"]) == {10, 20, 40}
     assert students["toy_patience"]["relative_loss"].between(0, 2).all()
+    archived = archive.load(ROOT / "results" / "toy_fig5_updates.parquet").frame
+    assert set(students["toy_fig5"].columns) == set(archived.columns)

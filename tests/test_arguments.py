@@ -4,52 +4,43 @@ import os
 import subprocess
 import sys
 
-import archive_nested_steps
-import archive_toy
-import archive_toy_patience
-import archive_toy_phase
-import archive_toy_updates
+import archive
 import pytest
-import train_ladder
 from conftest import ROOT
 
-TOY, LADDER = ["run", "fig5", "--folder", "{new}"], ["run", "--scale", "demo", "--folder", "{new}"]
+TOY, LADDER = ["fig5", "run", "--folder", "{new}"], ["ladder", "run", "--folder", "{new}"]
 CASES = {
-    "shards beyond": (archive_toy, [*TOY, "--shards", "99"], "there is no 99, only 0 to"),
-    "shards below": (archive_toy, [*TOY, "--shards", "-1"], "at least 0, not -1"),
-    "no shards": (archive_toy, [*TOY, "--shards"], "name at least one of 0 to"),
-    "no threads": (archive_toy, [*TOY, "--threads", "-1"], "at least 1, not -1"),
-    "no steps": (archive_toy, [*TOY, "--steps", "0"], "at least 1, not 0"),
-    "a file": (archive_toy, ["run", "fig5", "--folder", "{file}"], "file is a file: name a folder"),
-    "in a file": (archive_toy, ["run", "fig5", "--folder", "{file}/a"], "name a folder"),
-    "output": (archive_toy, ["assemble", *TOY[1:], "--output", "{folder}"], "name a file"),
-    "patience": (
-        archive_toy_patience,
-        ["run", "--folder", "{new}", "--shards", "99"],
-        "there is no 99",
-    ),
-    "phase": (archive_toy_phase, ["phase", "--steps", "-3"], "at least 1, not -3"),
-    "updates": (archive_toy_updates, ["run", "--folder", "{file}"], "name a folder"),
-    "nested": (archive_nested_steps, ["--seeds", "0"], "at least 1, not 0"),
-    "jobs": (train_ladder, [*LADDER, "--jobs", "0"], "at least 1, not 0"),
-    "models beyond": (train_ladder, [*LADDER, "--shards", "99"], "there is no 99"),
-    "device": (train_ladder, [*LADDER, "--device", "tpu"], "no device 'tpu' here"),
-    "threads": (train_ladder, [*LADDER, "--threads", "two"], "at least 1, not two"),
-    "rates": (train_ladder, [*LADDER, "--rates", "0"], "above 0 and at most 1, not 0"),
-    "not a number": (train_ladder, [*LADDER, "--rates", "nan"], "a number above 0, not nan"),
+    "nothing": (["fig9", "run"], "invalid choice: 'fig9'"),
+    "shards beyond": ([*TOY, "--shards", "99"], "there is no 99, only 0 to"),
+    "shards below": ([*TOY, "--shards", "-1"], "at least 0, not -1"),
+    "no shards": ([*TOY, "--shards"], "name at least one of 0 to"),
+    "no threads": ([*TOY, "--threads", "-1"], "at least 1, not -1"),
+    "no steps": ([*TOY, "--steps", "0"], "at least 1, not 0"),
+    "a file": (["fig5", "run", "--folder", "{file}"], "file is a file: name a folder"),
+    "in a file": (["fig5", "run", "--folder", "{file}/a"], "name a folder"),
+    "output": (["fig5", "assemble", *TOY[2:], "--results", "{file}"], "name a folder"),
+    "patience": (["patience", "run", "--folder", "{new}", "--shards", "99"], "there is no 99"),
+    "phase": (["phase", "run", "--folder", "{new}", "--steps", "-3"], "at least 1, not -3"),
+    "updates": (["updates", "run", "--folder", "{file}"], "name a folder"),
+    "nested": (["nested_steps", "run", "--folder", "{new}", "--seeds", "0"], "at least 1, not 0"),
+    "jobs": ([*LADDER, "--jobs", "0"], "at least 1, not 0"),
+    "models beyond": ([*LADDER, "--shards", "99"], "there is no 99"),
+    "device": ([*LADDER, "--device", "tpu"], "no device 'tpu' here"),
+    "threads": ([*LADDER, "--threads", "two"], "at least 1, not two"),
+    "rates": ([*LADDER, "--rates", "0"], "above 0 and at most 1, not 0"),
+    "not a number": ([*LADDER, "--rates", "nan"], "a number above 0, not nan"),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_sentence_and_status_two(name, tmp_path, capsys, monkeypatch):
-    script, arguments, message = CASES[name]
+def test_one_sentence_and_status_two(name, tmp_path, capsys):
+    arguments, message = CASES[name]
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     places = {kind: tmp_path / kind for kind in ("file", "folder", "new")}
     arguments = [argument.format(**places) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["script", *arguments])
     with pytest.raises(SystemExit) as ended:
-        script.main()
+        archive.main(arguments)
     assert ended.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last and "Traceback" not in last

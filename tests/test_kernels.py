@@ -12,7 +12,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from depthutil import _grid, kernels, toy, toy_model
+from depthutil import toy
+from depthutil.toy import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -129,12 +130,12 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from depthutil import _fused, kernels
+from depthutil.toy import fused, kernels
 
 capability, width, precision = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 settings = kernels.settings(width, 4 * width, precision)
 options = {name: settings.pop(name) for name in kernels.OPTIONS}
-for kernel, more in ((_fused.forward, {"ORDER": 1, "KEEP": True}), (_fused.pull, {})):
+for kernel, more in ((fused.forward, {"ORDER": 1, "KEEP": True}), (fused.backward, {})):
     fixed = settings | more
     kinds = {n: "i32" if n in ("mlps", "networks", "batch") else "*fp32" for n in kernel.arg_names}
     kinds |= dict.fromkeys(fixed, "constexpr")
@@ -159,7 +160,7 @@ def test_the_kernels_compile_and_fit_cards_that_are_not_here(capability, precisi
     )
     assert run.returncode == 0, run.stderr
     needs = dict(line.split() for line in run.stdout.splitlines())
-    assert set(needs) == {"forward", "pull"}
+    assert set(needs) == {"forward", "backward"}
     assert all(0 < int(shared) <= kib * 1024 for shared in needs.values()), needs
 
 
@@ -193,7 +194,7 @@ def test_training_with_the_kernels_equals_training_with_their_twin(changes):
 def test_a_gpu_is_watched_now_and_then(monkeypatch):
     # What a GPU does, on the CPU: losses that are no number are noticed some steps later.
     config = replace(SMALL, learning_rate=1e30, steps=20, test_every=20)
-    trainer = _grid.Trainer(config, torch.device("cpu"))
+    trainer = toy.grid.Trainer(config, torch.device("cpu"))
     trainer.watch = 8
     message = r"depth 1 at temperature 0\.1 \(rho 0, teacher 0\) is no number at one of the steps"
     with pytest.raises(FloatingPointError, match=message + " 0 to 7: lower learning_rate"):
@@ -202,17 +203,15 @@ def test_a_gpu_is_watched_now_and_then(monkeypatch):
 
 
 def test_inputs_are_the_same_on_every_device():
-    feed = _grid.Feed(SMALL, torch.device(DEVICE))
-    fed = [feed(step).cpu().clone() for step in range(2 * _grid.AHEAD + 1)]
+    feed = toy.grid.InputBuffer(SMALL, torch.device(DEVICE))
+    fed = [feed(step).cpu().clone() for step in range(2 * toy.grid.PREFETCH + 1)]
     for step, x in enumerate(fed):
-        assert torch.equal(
-            x, torch.stack([toy_model.inputs(SMALL, t, step) for t in SMALL.teachers])
-        )
+        assert torch.equal(x, torch.stack([toy.inputs(SMALL, t, step) for t in SMALL.teachers]))
 
 
 def test_a_checkpoint_knows_nothing_of_the_machine_it_came_from(tmp_path):
     path = tmp_path / "run.pt"
-    trainer = _grid.Trainer(SMALL, torch.device("cpu"))
+    trainer = toy.grid.Trainer(SMALL, torch.device("cpu"))
     trainer.advance()
     for group in trainer.groups:  # as a GPU leaves it
         group.adam.param_groups[0].update(capturable=True, lr=torch.tensor(1e-3))
@@ -226,10 +225,10 @@ def test_a_checkpoint_outlives_another_stacking(tmp_path, monkeypatch):
     # A GPU stacks all students of a depth, a CPU as many as its cache holds.
     path, config = tmp_path / "run.pt", replace(SMALL, dtype="float64", test_every=2)
     for steps, cache in ((2, 1), (4, 2**20), (6, 8000)):
-        monkeypatch.setattr(_grid, "CACHE_BYTES", cache)
+        monkeypatch.setattr(toy.grid, "CACHE_BYTES", cache)
         part = replace(config, steps=steps)
         result = toy.train(part, checkpoint=path, device="cpu", students=True)
-        count = len(_grid.Trainer(part, torch.device("cpu")).groups)
+        count = len(toy.grid.Trainer(part, torch.device("cpu")).groups)
         assert count == {1: 8, 2**20: 2, 8000: 4}[cache]
     monkeypatch.undo()
     for run in (result, toy.ToyResult.from_checkpoint(path, students=True)):
@@ -283,13 +282,13 @@ def test_what_a_machine_lacks_is_named(monkeypatch):
 
 @needs_triton
 def test_without_a_gpu_or_the_interpreter_there_are_no_kernels(monkeypatch):
-    from depthutil import _fused
+    from depthutil.toy import fused
 
-    monkeypatch.setattr(_fused, "INTERPRETED", False)
+    monkeypatch.setattr(fused, "INTERPRETED", False)
     with pytest.raises(ValueError, match=r"need a GPU with CUDA .* TRITON_INTERPRET=1 set before"):
         toy.train(SMALL, device="cpu", kernel="triton")
     with pytest.raises(ValueError, match="need contiguous weights"):
-        monkeypatch.setattr(_fused, "INTERPRETED", True)
+        monkeypatch.setattr(fused, "INTERPRETED", True)
         kernels.FusedStack(*(w.float().transpose(0, 1) for w in drawn(2, 3, 5, 4, 7, 1)[0]))
 
 
@@ -308,7 +307,7 @@ def test_steps_that_cannot_be_recorded_are_launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     trainers = {}
     for must in (None, True):
-        trainers[must] = _grid.Trainer(SMALL, torch.device("cpu"))
+        trainers[must] = toy.grid.Trainer(SMALL, torch.device("cpu"))
         trainers[must].graph, trainers[must].must = True, must is True
         trainers[must].advance()
     with pytest.warns(UserWarning, match=r"CUDA graph \(operation not permitted\): each is"):

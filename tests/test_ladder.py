@@ -7,15 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import archive as command
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import train_ladder
 import transformers
 from conftest import ROOT
 
-from depthutil import _corpus, _ladder, _runs, archive, ladder
+from depthutil import _runs, archive, corpus, ladder
 
 FILES = {
     f"part{i}/file{i}.py": f"def f{i}(x):\n    return x + {i}  # été\n" * 20 for i in range(60)
@@ -76,7 +76,7 @@ def test_documentation_that_repeats_other_pages_is_left_out():
     page = "The statement.\n\n" + "It does this and that, and more, for all of its arguments. " * 3
     other = "Of something else entirely, which no other page here has ever explained."
     topics = {"long": f"A title\n\n{page}\n\nMore.", "short": page, "own": other}
-    kept = _corpus._pages(f"topics = {topics!r}")
+    kept = corpus._pages(f"topics = {topics!r}")
     assert set(kept) == {"pydoc_data/topics/long", "pydoc_data/topics/own"}
 
 
@@ -109,8 +109,8 @@ def test_too_little_text_is_refused(tmp_path):
 
 
 def test_every_depth_reads_the_same_text_and_every_pass_all_of_it(text):
-    windows = _corpus.Windows(text.training, 32, 4, seed=1)
-    same, other = (_corpus.Windows(text.training, 32, 4, seed=s) for s in (1, 2))
+    windows = corpus.Windows(text.training, 32, 4, seed=1)
+    same, other = (corpus.Windows(text.training, 32, 4, seed=s) for s in (1, 2))
     assert np.array_equal(windows(40), same(40))
     assert not np.array_equal(windows(40), other(40))
     rows = np.concatenate([windows(step) for step in range(windows.each // 4)])
@@ -124,7 +124,7 @@ def test_every_depth_reads_the_same_text_and_every_pass_all_of_it(text):
 
 
 def test_held_out_pieces_are_the_documents(text):
-    rows, owners = _corpus.pieces(text.held_out, 32)
+    rows, owners = corpus.pieces(text.held_out, 32)
     for number, document in enumerate(text.held_out):
         mine = rows[owners == number]
         assert (mine[:, 0] == ladder.BOS).all()
@@ -172,12 +172,12 @@ def test_the_tokenizer_knows_its_special_token_and_its_size(tokenizer):
 def test_a_model_has_the_parameters_it_says_and_starts_like_a_deeper_one():
     config = ladder.LadderConfig()
     for depth in (1, 3):
-        model = _ladder.new_model(config, depth, 0)
+        model = ladder.model.new_model(config, depth, 0)
         assert sum(w.numel() for w in model.parameters()) == config.parameters(depth)
-    shallow = _ladder.new_model(config, 1, 0).state_dict()
-    deep = _ladder.new_model(config, 3, 0).state_dict()
+    shallow = ladder.model.new_model(config, 1, 0).state_dict()
+    deep = ladder.model.new_model(config, 3, 0).state_dict()
     assert all(torch.equal(weight, deep[name]) for name, weight in shallow.items())
-    other = _ladder.new_model(config, 1, 1).state_dict()
+    other = ladder.model.new_model(config, 1, 1).state_dict()
     assert not torch.equal(shallow["lm_head.weight"], other["lm_head.weight"])
     assert deep["model.layers.2.mlp.up_proj.weight"].std().item() == pytest.approx(0.05, rel=0.02)
     # About the 12 m² a layer that laws of scaling count.
@@ -202,12 +202,12 @@ def test_training_lowers_the_loss_and_records_it(trained, text):
 def test_a_training_step_is_that_of_plain_transformers(text):
     config = replace(SMALL, steps=3, warmup=1, test_every=3)
     ours = ladder.train(config, 2, 1, text=text, device="cpu")
-    model = _ladder.new_model(config, 2, 1)
+    model = ladder.model.new_model(config, 2, 1)
     matrices = [w for w in model.parameters() if w.dim() == 2]
     gains = [w for w in model.parameters() if w.dim() == 1]
     groups = [{"params": matrices}, {"params": gains, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1)
-    windows = _corpus.Windows(text.training, 32, 4, 1)
+    windows = corpus.Windows(text.training, 32, 4, 1)
     losses = []
     for step in range(3):
         rows = torch.from_numpy(windows(step))
@@ -417,34 +417,32 @@ def test_an_unfinished_model_is_not_saved(text, tmp_path):
 
 def test_the_command_trains_shares_and_assembles(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(
-        _ladder.SCALES, "demo", {f: getattr(SMALL, f) for f in SMALL.__dataclass_fields__}
+        ladder.recipe.SCALES, "demo", {f: getattr(SMALL, f) for f in SMALL.__dataclass_fields__}
     )
     places = {name: tmp_path / name for name in ("checkpoints", "models", "results")}
     base = ["--folder", str(places["checkpoints"]), "--scale", "demo", "--text", str(folder)]
     base += ["--device", "cpu", "--models", str(places["models"])]
     base += ["--results", str(places["results"])]
 
-    def command(*words) -> str:
+    def call(*words) -> str:
         try:
-            train_ladder.main([words[0], *base, *words[1:]])
+            command.main(["ladder", words[0], *base, *words[1:]])
         except SystemExit as end:
             assert not end.code, end.code
         return capsys.readouterr().out
 
-    assert "shard 3 (ladder-w16-d02-s1): not begun" in command("status")
-    with pytest.raises(AssertionError, match=r"no model in .* is finished: run goes on"):
-        command("assemble")
+    assert "shard 3 (ladder-w16-d02-s1): not begun" in call("status")
+    with pytest.raises(AssertionError, match=r"no shard of ladder in .* is finished: run goes on"):
+        call("assemble")
     config = ladder.LadderConfig.at("demo")
     path = places["checkpoints"] / f"{ladder.slug(config, 1, 0)}.pt"
     with _runs.claimed(path) as ours:
         assert ours
-        assert "shard 0: ladder-w16-d01-s0 is taken" in command("run", "--shards", "0", "1")
+        assert "shard 0: ladder-w16-d01-s0 is taken" in call("run", "--shards", "0", "1")
     assert not path.exists()
-    command("run")
-    assert "shard 0 (ladder-w16-d01-s0): tested at step 30 of 30, held-out loss" in command(
-        "status"
-    )
-    command("assemble")
+    call("run")
+    assert "shard 0 (ladder-w16-d01-s0): tested at step 30 of 30, held-out loss" in call("status")
+    call("assemble")
     names = [config.name(d, s) for d in (1, 2) for s in (0, 1)]
     files = sorted(p.name for p in places["models"].iterdir())
     assert files == sorted(names)
@@ -462,7 +460,7 @@ def test_the_command_trains_shares_and_assembles(folder, tmp_path, monkeypatch, 
     }
     with pytest.raises(FileNotFoundError, match=r"ladder_losses_one\.parquet is missing"):
         ladder.curves("one")
-    command("assemble", "--seeds", "1", "--losses", "one")
+    call("assemble", "--seeds", "1", "--losses", "one")
     assert ladder.curves("one").provenance["scale"] == "demo, with other seeds"
     assert ladder.documents("one").frame["seed"].unique() == [1]
     assert sorted(p.name for p in places["models"].iterdir()) == files

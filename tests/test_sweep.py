@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 from distributed import Client, LocalCluster, WorkerPlugin
 
-from depthutil import _grid, archive, toy
+from depthutil import archive, toy
 
 SMALL = toy.ToyConfig(
     width=4,
@@ -46,7 +46,7 @@ def watch(log: str, doomed: str, when: str) -> None:
     Whoever first gets to step ``KILLED_AT`` of the grid ``doomed`` waits after each further
     step to be killed from outside, or kills itself halfway through writing a checkpoint.
     """
-    advance, save, os_replace = _grid.Trainer.advance, _grid.Trainer.save, os.replace
+    advance, save, os_replace = toy.grid.Trainer.advance, toy.grid.Trainer.save, os.replace
     target = Path(log + ".killed")
 
     def watched_advance(trainer):
@@ -66,10 +66,10 @@ def watch(log: str, doomed: str, when: str) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             os_replace(*args)
 
-        _grid.os.replace = replace_or_die if when == "writing" else os_replace
+        toy.grid.os.replace = replace_or_die if when == "writing" else os_replace
         save(trainer, path)
 
-    _grid.Trainer.advance, _grid.Trainer.save = watched_advance, watched_save
+    toy.grid.Trainer.advance, toy.grid.Trainer.save = watched_advance, watched_save
 
 
 class Watch(WorkerPlugin):
@@ -267,19 +267,19 @@ def visible(_) -> str:
 
 
 def test_each_process_of_a_gpu_pool_sees_one_gpu(context, monkeypatch):
-    monkeypatch.setattr(toy, "get_context", lambda _: context)
+    monkeypatch.setattr(toy.sweeps, "get_context", lambda _: context)
     with toy.gpu_pool([0, "GPU-5f"]) as executor:
         seen = set(executor.map(visible, range(4)))
     assert seen <= {"0", "GPU-5f"} and len(seen) == 2
-    monkeypatch.setattr(toy.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(toy.sweeps.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(RuntimeError, match="PyTorch sees no GPU here"):
         toy.gpu_pool()
 
 
 def test_a_gpu_pool_keeps_to_the_gpus_it_was_given(monkeypatch):
-    monkeypatch.setattr(toy.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(toy.sweeps.torch.cuda, "device_count", lambda: 2)
     taken = []
-    monkeypatch.setattr(toy, "ProcessPoolExecutor", lambda n, *rest: taken.append((n, rest[-1])))
+    monkeypatch.setattr(toy.sweeps, "ProcessPoolExecutor", lambda n, *rest: taken.append((n, rest[-1])))
     for gpus, names in ((None, ["0", "1"]), ("2,5", ["2", "5"])):
         if gpus:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from depthutil import _grid, _runs, signatures, toy, toy_model
+from depthutil import _runs, signatures, toy
 
 SMALL = toy.ToyConfig(
     width=6,
@@ -88,7 +88,7 @@ def test_a_student_does_not_depend_on_the_rest_of_the_grid():
 
 def test_how_students_are_stacked_changes_nothing(monkeypatch):
     whole = toy.train(SMALL)
-    monkeypatch.setattr(_grid, "CACHE_BYTES", 1)
+    monkeypatch.setattr(toy.grid, "CACHE_BYTES", 1)
     pieces = toy.train(SMALL)
     np.testing.assert_allclose(whole.losses["loss"], pieces.losses["loss"], rtol=1e-10)
 
@@ -96,10 +96,10 @@ def test_how_students_are_stacked_changes_nothing(monkeypatch):
 def test_test_losses_are_those_of_the_trained_student():
     result = toy.train(ONE, students=True)
     student = result.student(depth=2)
-    x = toy_model.inputs(ONE, 0, ONE.steps, test=True)
-    *deep, head = toy_model.teacher_weights(ONE, 0, 0.5)
-    teacher = (toy_model.rms(toy.Network(*deep)(x)) @ head.T / 0.3).log_softmax(-1)
-    own = (toy_model.rms(student(x)) @ student.head.T).log_softmax(-1)
+    x = toy.inputs(ONE, 0, ONE.steps, test=True)
+    *deep, head = toy.teacher_weights(ONE, 0, 0.5)
+    teacher = (toy.rms(toy.Network(*deep)(x)) @ head.T / 0.3).log_softmax(-1)
+    own = (toy.rms(student(x)) @ student.head.T).log_softmax(-1)
     loss = F.kl_div(own, teacher, log_target=True, reduction="batchmean").item()
     assert math.isclose(result.losses["loss"].iloc[-1], loss, rel_tol=1e-9)
     assert result.losses["step"].tolist() == [4, 8, 12]
@@ -120,7 +120,7 @@ def test_the_stack_equals_autograd(order, shape):
     w2 = torch.randn(mlps, networks, width, hidden, dtype=torch.float64) / hidden
     x = torch.randn(networks, batch, width, dtype=torch.float64)
     grad = torch.randn_like(x)
-    stack = _grid.Stack(w1, b, w2, order)
+    stack = toy.grid.Stack(w1, b, w2, order)
     last = stack.forward(x, keep=True)
     into = [torch.full_like(w, torch.nan) for w in (w1, b, w2)]
     stack.backward(grad, into)
@@ -158,7 +158,7 @@ def test_second_order_is_second_order():
 
 def test_rho_ties_the_layers_of_a_teacher_and_keeps_their_variance():
     config = replace(SMALL, width=32, teacher_depth=64)
-    tied, free, half = (toy_model.teacher_weights(config, 0, rho)[0] for rho in (1.0, 0.0, 0.5))
+    tied, free, half = (toy.teacher_weights(config, 0, rho)[0] for rho in (1.0, 0.0, 0.5))
     assert torch.equal(tied[0], tied[63]) and not torch.equal(free[0], free[63])
     # 64 × 128 × 32 uniform numbers: the variance of 'half' is that of one common draw and
     # 64 own ones, known to about 1 %.
@@ -169,31 +169,29 @@ def test_rho_ties_the_layers_of_a_teacher_and_keeps_their_variance():
 
 def test_the_teacher_starts_like_a_linear_layer_and_its_answers_shrink_with_depth():
     config = replace(SMALL, width=32, teacher_depth=64)
-    w1, b, w2, head = toy_model.teacher_weights(config, 1, 0.0)
+    w1, b, w2, head = toy.teacher_weights(config, 1, 0.0)
     assert w1.abs().max() <= 32**-0.5 and b.abs().max() <= 32**-0.5
     assert 0.99 * 128**-0.5 / 8 < w2.abs().max() <= 128**-0.5 / 8
     assert head.abs().max() <= 32**-0.5
-    given = toy_model.teacher_weights(replace(config, head="given"), 1, 0.0)[3]
+    given = toy.teacher_weights(replace(config, head="given"), 1, 0.0)[3]
     assert given.std().item() == pytest.approx(32**-0.5, rel=0.2)
 
 
 def test_a_student_starts_by_saying_nothing():
-    w1, b, w2, head = toy_model.student_weights(SMALL, 0, 3, 0)
+    w1, b, w2, head = toy.student_weights(SMALL, 0, 3, 0)
     x = torch.randn(5, 6, dtype=torch.float64)
-    assert torch.equal(toy.Network(w1, b, w2)(x), toy_model.rms(x))
+    assert torch.equal(toy.Network(w1, b, w2)(x), toy.rms(x))
     assert not head.any() and w1.any()
 
 
 def test_random_numbers_depend_on_their_name_alone():
-    assert torch.equal(
-        toy_model.inputs(SMALL, 3, 7), toy_model.inputs(replace(SMALL, seeds=(9,)), 3, 7)
-    )
+    assert torch.equal(toy.inputs(SMALL, 3, 7), toy.inputs(replace(SMALL, seeds=(9,)), 3, 7))
     streams = [
-        toy_model.inputs(SMALL, 3, 7),
-        toy_model.inputs(SMALL, 3, 8),
-        toy_model.inputs(SMALL, 0, 7),
+        toy.inputs(SMALL, 3, 7),
+        toy.inputs(SMALL, 3, 8),
+        toy.inputs(SMALL, 0, 7),
     ]
-    streams.append(toy_model.inputs(SMALL, 3, 7, test=True)[:16])
+    streams.append(toy.inputs(SMALL, 3, 7, test=True)[:16])
     for i, one in enumerate(streams):
         assert not any(torch.equal(one, other) for other in streams[i + 1 :])
 
@@ -314,7 +312,7 @@ def test_an_interrupted_write_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(_grid.os, "replace", fail)
+    monkeypatch.setattr(toy.grid.os, "replace", fail)
     with pytest.raises(OSError, match="the disk is full"):
         toy.train(ONE, checkpoint=path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
@@ -529,9 +527,9 @@ def test_the_temperature_of_both_divides_the_students_logits_too(on):
     generator = torch.Generator().manual_seed(0)
     last = torch.randn((6, config.width), generator=generator, dtype=torch.float64)
     head = torch.randn((config.vocabulary, config.width), generator=generator, dtype=torch.float64)
-    target = toy_model.targets(config, last, head, 0.5)
+    target = toy.targets(config, last, head, 0.5)
     # A student that is the teacher answers like it only if both are divided alike.
-    own = toy_model.losses(config, last, head, 0.5, target).item()
-    half = toy_model.losses(config, last, 2 * head, 0.5, target).item()
+    own = toy.losses(config, last, head, 0.5, target).item()
+    half = toy.losses(config, last, 2 * head, 0.5, target).item()
     assert own == pytest.approx(0, abs=1e-12) if on == "both" else own > 1e-3
     assert half == pytest.approx(0, abs=1e-12) if on == "teacher" else half > 1e-3

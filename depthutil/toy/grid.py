@@ -1,6 +1,6 @@
 """The grid of students that ``depthutil.toy`` trains: its groups, its steps, its checkpoints.
 
-How a stack of networks is computed is known to ``depthutil.kernels`` alone.
+How a stack of networks is computed is known to ``toy.kernels`` alone.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from depthutil import archive
-from depthutil.kernels import Memory, Stack
-from depthutil.toy_model import (
+from depthutil import _checks, archive
+from depthutil.toy.kernels import Memory, Stack
+from depthutil.toy.model import (
     GRID,
     ToyConfig,
     inputs,
@@ -37,7 +37,7 @@ CACHE_BYTES = 2**20
 # To look at a GPU's results is to wait for it: steps between looks for a loss that is no number.
 WATCH = 100
 # A GPU's inputs are drawn while it is still busy with as many earlier steps.
-AHEAD = 4
+PREFETCH = 4
 
 
 class Group:
@@ -79,7 +79,20 @@ class Group:
         )
         self.broken = torch.zeros(len(self.students), dtype=torch.bool, device=device)
 
-    def pace(self, step: int) -> None:
+    def start_as(self, start: str, teacher: ToyConfig) -> None:
+        """Begin with layers that are all alike, or with the teacher's at even distances."""
+        w1, b, w2 = self.weights
+        for i, s in enumerate(self.students):
+            if start == "tied":
+                w1[:, i], b[:, i] = w1[0, i].clone(), b[0, i].clone()
+                continue
+            own = teacher_weights(teacher, s["teacher"], s["rho"])
+            layers = np.arange(self.depth) * teacher.teacher_depth // self.depth
+            w1[:, i], b[:, i] = own[0][layers], own[1][layers]
+            # Euler's method on the teacher's own flow: fewer steps, each as much longer.
+            w2[:, i] = own[2][layers] * teacher.teacher_depth / self.depth
+
+    def set_rate(self, step: int) -> None:
         """Set the learning rate of a step."""
         rate, options = self.config.rate(self.depth, step), self.adam.param_groups[0]
         if rate != self.rate and isinstance(options["lr"], Tensor):
@@ -136,7 +149,7 @@ class Group:
         self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
 
 
-class Feed:
+class InputBuffer:
     """Inputs of one step after another, the same numbers on every device.
 
     They are drawn on the CPU. For a GPU that happens while it computes earlier steps; a
@@ -148,8 +161,8 @@ class Feed:
         shape = (len(config.teachers), config.batch, config.width)
         if device.type == "cuda":
             dtype = getattr(torch, config.dtype)
-            self.pinned = torch.empty((AHEAD, *shape), dtype=dtype, pin_memory=True)
-            self.copied = [torch.cuda.Event() for _ in range(AHEAD)]
+            self.pinned = torch.empty((PREFETCH, *shape), dtype=dtype, pin_memory=True)
+            self.copied = [torch.cuda.Event() for _ in range(PREFETCH)]
             self.fed = torch.empty(shape, dtype=dtype, device=device)
 
     def draw(self, step: int, test: bool = False) -> Tensor:
@@ -160,7 +173,7 @@ class Feed:
         """The inputs of a training step; on a GPU always in the same place."""
         if self.device.type != "cuda":
             return self.draw(step).to(self.device)
-        slot = step % AHEAD
+        slot = step % PREFETCH
         self.copied[slot].synchronize()
         self.pinned[slot].copy_(self.draw(step))
         self.fed.copy_(self.pinned[slot], non_blocking=True)
@@ -174,6 +187,10 @@ class Trainer:
     On a GPU, ``graph`` records the second step once, kernel by kernel, and every later step
     is a replay of the record: nothing on the way may wait for the GPU or move in memory.
     ``graph=None`` does without a record where the GPU refuses to make it.
+
+    Teachers have the sizes of ``taught_by``, of the grid's own configuration by default.
+    Students ``start`` ``"fresh"``, ``"tied"`` (all layers read alike), or as a ``"teacher"``
+    with fewer, longer steps.
     """
 
     def __init__(
@@ -182,15 +199,20 @@ class Trainer:
         device: torch.device,
         stack: Callable[..., Stack] = Stack,
         graph: bool | None = False,
+        *,
+        taught_by: ToyConfig | None = None,
+        start: str = "fresh",
     ):
+        _checks.word(start, ("fresh", "tied", "teacher"), "start")
         self.config, self.device, self.memory = config, device, Memory()
         self.step, self.seconds, self.records, self.kernel = 0, 0.0, [], ""
         self.must, self.graph = graph is True, device.type == "cuda" and graph is not False
         self.watch = 1 if device.type == "cpu" else WATCH
         self.advanced, self.watched, self.replay = 0, 0, None
-        self.feed = Feed(config, device)
+        self.inputs = InputBuffer(config, device)
         pairs = list(itertools.product(config.teachers, config.rhos))
-        parts = [teacher_weights(config, teacher, rho) for teacher, rho in pairs]
+        taught_by = config if taught_by is None else taught_by
+        parts = [teacher_weights(taught_by, teacher, rho) for teacher, rho in pairs]
         w1, b, w2, heads = zip(*parts, strict=True)
         w1, b, w2 = (torch.stack(part, 1).to(device) for part in (w1, b, w2))
         self.teachers = stack(w1, b, w2, memory=self.memory)
@@ -206,6 +228,9 @@ class Trainer:
             for depth in config.depths
             for rows in itertools.pairwise(ends)
         ]
+        if start != "fresh":
+            for group in self.groups:
+                group.start_as(start, taught_by)
 
     def _targets(self, x: Tensor, test: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Inputs and targets for every student, from each teacher's inputs."""
@@ -229,9 +254,9 @@ class Trainer:
 
     def advance(self) -> None:
         """Train for one step."""
-        x = self.feed(self.step)
+        x = self.inputs(self.step)
         for group in self.groups:
-            group.pace(self.step)
+            group.set_rate(self.step)
         if self.graph and self.advanced == 1:
             self._record(x)
         if self.replay:
@@ -280,7 +305,7 @@ class Trainer:
 
     def test(self) -> None:
         sums = [0.0] * len(self.groups)
-        drawn = self.feed.draw(self.step, test=True).to(self.device)
+        drawn = self.inputs.draw(self.step, test=True).to(self.device)
         for x in drawn.split(self.config.batch, 1):
             x, target = self._targets(x, test=True)
             sums = [total + g.test(x, target) for total, g in zip(sums, self.groups, strict=True)]
@@ -354,7 +379,7 @@ def by_student(trainer: Trainer) -> dict[tuple, tuple[Tensor, ...]]:
     return found
 
 
-def stream(device: torch.device) -> AbstractContextManager:
+def own_stream(device: torch.device) -> AbstractContextManager:
     """A queue of work of its own on a GPU: the default one cannot be recorded."""
     if device.type != "cuda":
         return nullcontext()

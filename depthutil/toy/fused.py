@@ -1,4 +1,4 @@
-"""The residual stack in Triton: what ``depthutil.kernels.FusedStack`` launches.
+"""The residual stack in Triton: what ``depthutil.toy.kernels.FusedStack`` launches.
 
 One program owns a tile of inputs of one network. It takes a few hidden units at a time, so
 that of a hidden activation nothing ever leaves the chip, and of a weight nothing is kept.
@@ -36,7 +36,7 @@ def _out(w2, units, cols, WIDTH: tl.constexpr, HIDDEN: tl.constexpr):
 
 
 @triton.jit
-def _answer(
+def _mlp(
     x,
     w1,
     b,
@@ -95,7 +95,7 @@ def forward(
         if KEEP:
             tl.store(read + n * size + at, stream, mask=here)
         if ORDER == 2:
-            says += 0.5 * _answer(
+            says += 0.5 * _mlp(
                 stream,
                 w1 + n * HIDDEN * WIDTH,
                 b + n * HIDDEN,
@@ -110,7 +110,7 @@ def forward(
             n += networks
             if KEEP:
                 tl.store(read + n * size + at, says, mask=here)
-        stream += _answer(
+        stream += _mlp(
             says,
             w1 + n * HIDDEN * WIDTH,
             b + n * HIDDEN,
@@ -126,7 +126,7 @@ def forward(
 
 
 @triton.jit
-def pull(
+def backward(
     read,
     grad,
     onto,

@@ -1,0 +1,277 @@
+"""Run a model over a corpus and record what every layer writes."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from depthutil import _checks, _runs, archive, models, stream
+from depthutil.trajectory.passing import Buffers, Writes, gram_matrices, not_finite, watching
+from depthutil.trajectory.result import Trajectory, result_of
+from depthutil.trajectory.sums import Sums, read, settings_of
+
+
+def record(
+    model: nn.Module,
+    batches: Iterable[Any],
+    writes: str = "block",
+    *,
+    per_token: bool = False,
+    mask: str | Callable[[Tensor, Tensor], Tensor] = "next",
+    null: bool = False,
+    sample: int = 512,
+    device: str | torch.device | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_seconds: float = 60,
+    progress: bool | Callable[[int, int | None, float | None], None] = False,
+) -> Trajectory:
+    """Run a language model over a corpus and keep the statistics of its writes.
+
+    On the first batch, the recorded writes are compared with the states that the blocks return.
+    Memory does not grow with the corpus unless values are wanted per token. The head is not run.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A causal language model, see :func:`depthutil.models.anatomy`. Run in evaluation mode.
+    batches : iterable
+        Token ids ``(documents, positions)``, or mappings with ``input_ids`` and, where
+        documents are filled up, ``attention_mask``; :func:`depthutil.models.batches` makes
+        them. Each row is a document.
+    writes : str
+        ``"block"``, or ``"sublayer"`` to tell attention from MLP, which gives everything
+        that ``"block"`` does and more.
+    per_token : bool
+        Keep norms, angles and update angles of every token, 4 bytes a number.
+    mask : str or callable
+        Positions that count: ``"next"``, where the token and the next are real (arXiv
+        2602.05970, appendix A), so never the last; ``"all"`` real ones; or a function of ids and
+        attention mask that returns booleans of their shape.
+    null : bool
+        Also compare the updates of each token with the next layer's at another token.
+    sample : int
+        Of how many documents to keep one token's Gram matrix, see :meth:`Trajectory.grams`.
+    device : str or torch.device, optional
+        Where products are taken, by default where the last block is.
+    checkpoint : path, optional
+        File to save to and, where it exists, to continue from, to the same bits.
+    checkpoint_seconds : float
+        Time between checkpoints.
+    progress : bool or callable
+        Print progress and time left to standard error about every ten seconds, or call
+        with ``(batches done, all batches, seconds left)``; the last two are None if
+        ``batches`` has no length.
+
+    Returns
+    -------
+    Trajectory
+
+    Raises
+    ------
+    ValueError
+        If the model's writes do not add up to its states, if a batch has the wrong shape or no
+        position counts, or if the checkpoint belongs to another recording.
+    FloatingPointError
+        If a state is not finite; the message names batch, row and position.
+
+    Examples
+    --------
+    >>> from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    >>> _ = torch.manual_seed(0)
+    >>> model = GPTNeoXForCausalLM(GPTNeoXConfig(
+    ...     vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2,
+    ...     intermediate_size=32, max_position_embeddings=32))
+    >>> corpus = [torch.randint(50, (3, 20)) for _ in range(2)]
+    >>> recorded = record(model, corpus, writes="sublayer")
+    >>> recorded.documents, recorded.tokens  # the last position of each does not count
+    (6, 114)
+    >>> recorded.angles().columns.tolist(), len(recorded.angles())
+    (['layer', 'mean', 'stderr', 'std'], 4)
+    """
+    parts = models.anatomy(model)
+    _checks.word(writes, ("block", "sublayer"), "writes")
+    name = _name(model)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    device = product_device(parts) if device is None else torch.device(device)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    sums, digest, reached, identity, done = None, "", "", "", 0
+    buffers, report, width = Buffers(), None, parts.width
+    number, saved = -1, time.perf_counter()
+    with stream.evaluating(model):
+        for number, batch in enumerate(batches):
+            inputs, keep = stream.inputs_of(batch, parts, mask, number)
+            if sums is None:
+                parts = _measured(model, parts, inputs, writes)
+                settings = settings_of(
+                    parts.depth,
+                    writes == "sublayer",
+                    parts.parallel,
+                    normed=True,
+                    null=null,
+                    sample=sample,
+                    per_token=per_token,
+                )
+                sums = Sums(settings)
+                if path is not None:
+                    identity = stream.fingerprint(model, settings)
+                    if path.exists():
+                        done, reached = _resume(path, identity, sums)
+                report = _runs.Progress(progress, total, done, of="batch")
+            if path is not None:
+                digest = stream.fingerprint(digest, inputs, keep)
+            if number < done:
+                if number == done - 1 and digest != reached:
+                    raise ValueError(f"{path} is the checkpoint of a recording of other text")
+                continue
+            width = _one_batch(parts, inputs, keep, sums, device, number, buffers)
+            report(number + 1, f"{sums.tokens:,} tokens")
+            if path is not None and time.perf_counter() - saved >= checkpoint_seconds:
+                _save(path, identity, digest, sums)
+                saved = time.perf_counter()
+    if number + 1 < done:
+        raise ValueError(f"{path} has seen {done} batches, and now there are fewer")
+    if sums is None or sums.tokens == 0:
+        raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
+    if path is not None and sums.batches > done:
+        _save(path, identity, digest, sums)
+    return result_of(sums, name, width)
+
+
+def _measured(
+    model: nn.Module, parts: models.Anatomy, inputs: dict[str, Tensor], writes: str
+) -> models.Anatomy:
+    """The parts as they are found on a batch, if such writes can be recorded of them."""
+    parts = stream.measured(model, inputs, parts, head=False)
+    name = f"{type(model).__name__} ({parts.family})"
+    if writes == "sublayer" and not (parts.sublayers and parts.parallel is not None):
+        raise ValueError(
+            f"attention and MLP of {name} cannot be told apart: no two modules of each block were "
+            "found whose outputs are what it adds, one after the other or both at once; record "
+            "writes='block'"
+        )
+    if parts.writes is None:
+        parameter = next(model.parameters(), None)
+        if parameter is not None and torch.finfo(parameter.dtype).bits == 16:
+            warnings.warn(
+                f"what blocks of {name} add was found only as a difference of states, which in "
+                f"{parameter.dtype} has few digits where the stream is large: load the model with "
+                "dtype='float32' for exact small writes",
+                stacklevel=3,
+            )
+    return parts
+
+
+def _one_batch(
+    parts: models.Anatomy,
+    inputs: dict[str, Tensor],
+    keep: Tensor,
+    sums: Sums,
+    device: torch.device,
+    number: int,
+    buffers: Buffers,
+) -> int:
+    """Run the model on one batch and add its tokens; returns the stream's width."""
+    rows = keep.reshape(-1).nonzero().squeeze(1)
+    ids = inputs["input_ids"]
+    document, position = rows // ids.shape[1], rows % ids.shape[1]
+    with watching(parts, buffers) as trace:
+        stream.forward(parts, inputs)
+    width = trace.start.shape[-1]
+    stack = Writes(parts, trace, sums.settings["sublayers"], device)
+    groups = gram_matrices(stack, rows, width, sums.settings["null"])
+    groups = _finite(groups, document, position, number, device)
+    some = (tensor.to(device) for tensor in (document, position, ids.reshape(-1)[rows]))
+    sums.add(groups, *some)
+    return width
+
+
+def _finite(groups, document, position, number, device):
+    """Groups as they come, unless one holds a state that is no number."""
+    start = 0
+    for gram, null in groups:
+        # One sum tells: it is not finite if anything is not.
+        if not math.isfinite(float(gram.sum())):
+            bad = int((~torch.isfinite(gram).flatten(1).all(1)).nonzero()[0]) + start
+            where = int(document[bad]), int(position[bad])
+            raise FloatingPointError(not_finite(number, "states", *where))
+        start += len(gram)
+        yield gram, null
+
+
+def product_device(parts: models.Anatomy) -> torch.device:
+    device = stream.device_of(parts.blocks[-1])
+    # Apple's GPUs have no double precision.
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _name(model: nn.Module) -> str:
+    return getattr(model.config, "name_or_path", "") or type(model).__name__
+
+
+def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
+    """The stream's start and every write to it, as vectors, for a few sentences.
+
+    Memory grows with everything: for a corpus, use :func:`record`.
+
+    Parameters
+    ----------
+    model, batch, writes
+        As one batch of :func:`record`.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(writes + 1, documents, positions, width)`` in double precision. Its cumulative sum
+        over the first axis are the states.
+
+    Raises
+    ------
+    ValueError
+        As :func:`record`.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> model = GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_layer=3, n_head=2))
+    >>> writes_of(model, torch.tensor([[1, 2, 3]]), "sublayer").shape
+    torch.Size([7, 1, 3, 4])
+    """
+    parts = models.anatomy(model)
+    _checks.word(writes, ("block", "sublayer"), "writes")
+    inputs, _ = stream.inputs_of(batch, parts, "all")
+    rows = torch.arange(inputs["input_ids"].numel())
+    with stream.evaluating(model):
+        parts = _measured(model, parts, inputs, writes)
+        with watching(parts) as trace:
+            stream.forward(parts, inputs)
+        stack = Writes(parts, trace, writes == "sublayer", product_device(parts))
+        out = stack.fill(stack.empty(len(rows), trace.start.shape[-1]), slice(None), after=False)
+    return out[:, : stack.rows].transpose(0, 1).unflatten(1, inputs["input_ids"].shape)
+
+
+def _save(path: Path, identity: str, digest: str, sums: Sums) -> None:
+    with archive.replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, identity=identity, digest=digest, **sums.state())
+
+
+def _resume(path: Path, identity: str, sums: Sums) -> tuple[int, str]:
+    arrays = read(path, ("identity", "digest"), "whole checkpoint of a recording: remove it")
+    theirs, digest = str(arrays["identity"]), str(arrays["digest"])
+    if theirs != identity:
+        raise ValueError(
+            f"{path} is the checkpoint of another recording (model or settings differ): "
+            "remove it, or name another"
+        )
+    sums.restore(arrays)
+    return sums.batches, digest

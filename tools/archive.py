@@ -1,0 +1,707 @@
+"""Make results/ and models/ again: measurements that take longer than a chapter may.
+
+    python tools/archive.py fig3b run --folder /scratch/toy
+    python tools/archive.py fig3b run --folder /scratch/toy --shards 2 3
+    python tools/archive.py fig3b status --folder /scratch/toy
+    python tools/archive.py fig3b assemble --folder /scratch/toy
+
+A measurement is made of shards, and each keeps a checkpoint, or its result, in a folder outside
+the repository: a run can be killed at any moment, continued, or shared. Several processes
+(``--jobs``), or machines with one file system, take different shards. ``assemble`` puts what is
+finished into ``results/``, and says in the caption if that is not all.
+
+=================== ======================================================================
+name                what is measured
+=================== ======================================================================
+fig3b, fig4, fig5,  grids of toy students with the paper's networks (arXiv 2602.05970,
+second_order,       figures 3 to 5, appendix C), for hours of one core
+shallow_teacher
+phase               exponents of depth for rhos between 0 and 1; minutes, like the next two
+budgets             does the exponent stay where the live run finds it? each number of steps
+                    is a run of its own, whose rate decays at its own end
+noise               are students of peaked targets held back by too few steps, or by noisy
+                    gradients? four times the steps against four times the batch
+patience            students trained for seven lengths of time, from one trunk
+updates             how students use their depth, while they learn (``toy.probe``)
+fig5_updates        the same of the finished students of fig5, second_order, shallow_teacher
+patience_updates    the same of the finished students of patience
+nested_steps        do narrow networks find folds, with more seeds and ten times the steps?
+ladder              the language models of models/ and their losses; more options
+=================== ======================================================================
+
+A ladder that was trained otherwise adds its losses under a name of its own, for
+``depthutil.ladder.curves("short")``:
+
+    python tools/archive.py ladder run --folder /scratch/ladder --steps 1500
+    python tools/archive.py ladder assemble --folder /scratch/ladder --steps 1500 --losses short
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+# One process a core: the compiler of the ladder's blocks keeps to it too.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import numpy as np
+import pandas as pd
+import torch
+
+from depthutil import _arguments, _runs, archive, ladder, regimes, toy
+from depthutil.toy.grid import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+Config = toy.ToyConfig
+
+
+class Run:
+    """A measurement in shards, each with a name and a file of its own."""
+
+    names: Sequence[str]
+    ending = ".parquet"
+
+    def path(self, i: int, folder: Path) -> Path:
+        return folder / f"{self.names[i]}{self.ending}"
+
+    def make(self, i: int, path: Path, args: argparse.Namespace) -> None:
+        """Go on with a shard to its end."""
+        raise NotImplementedError
+
+    def status(self, i: int, path: Path) -> str:
+        about = archive.load(path).provenance
+        return f"done in {about['wall_seconds'] / 3600:.2f} h"
+
+    def finished(self, i: int, path: Path) -> bool:
+        return True
+
+    def assemble(self, done: dict[int, Path], args: argparse.Namespace) -> list[Path]:
+        """Write the archive from the shards that are finished."""
+        raise NotImplementedError
+
+    def some(self, count: int) -> str:
+        """What a caption adds if shards are missing."""
+        return f"; {count} of {len(self.names)} parts" if count < len(self.names) else ""
+
+
+# Toy networks ---------------------------------------------------------------------------
+
+
+def size(c: Config) -> str:
+    return f"width {c.width}, teacher of {c.teacher_depth} layers, batch {c.batch}"
+
+
+class Grids(Run):
+    """Grids of students: the shards of one grid, or several with labels of their own."""
+
+    ending = ".pt"
+
+    def __init__(self, output: str, members: Sequence[tuple[Config, dict[str, Any]]], steps=None):
+        longest = max(config.steps for config, _ in members)
+        part = 1 if steps is None else steps / longest  # fewer, in proportion
+        self.output = output
+        self.members = [(replace(c, steps=round(c.steps * part) or 1), x) for c, x in members]
+        self.names = [toy.slug(config) for config, _ in self.members]
+
+    def make(self, i, path, args):
+        toy.train(self.members[i][0], checkpoint=path, **options(args))
+
+    def status(self, i, path):
+        result = toy.ToyResult.from_checkpoint(path)
+        step, hours = result.losses["step"].max(), result.wall_seconds / 3600
+        return f"tested at step {0 if result.losses.empty else step:,}, {hours:.2f} h"
+
+    def finished(self, i, path):
+        tested = set(toy.ToyResult.from_checkpoint(path).losses["step"])
+        return self.members[i][0].steps in tested
+
+    def assemble(self, done, args):
+        configs, labels = zip(*(self.members[i] for i in done), strict=True)
+        results = [
+            toy.ToyResult.from_checkpoint(path).until(config.steps)
+            for path, config in zip(done.values(), configs, strict=True)
+        ]
+        output = args.results / f"{self.output}.parquet"
+        if args.name in LABELLED:
+            pairs = zip(results, labels, strict=True)
+            first = configs[0]
+            ways = [x | {"steps": c.steps} for c, x in zip(configs, labels, strict=True)]
+            path = archive.save(
+                pd.concat([r.losses.assign(**x) for r, x in pairs], ignore_index=True),
+                output,
+                config=asdict(first) | {"runs": ways},
+                seeds={"teachers": list(first.teachers), "students": list(first.seeds)},
+                scale=f"{size(first)}, {len(first.teachers)} teachers, {len(ways)} runs of up to "
+                f"{max(c.steps for c in configs):,} steps" + self.some(len(done)),
+                wall_seconds=sum(r.wall_seconds for r in results),
+            )
+            return [path]
+        result = toy.merge(results)
+        c = result.config
+        scale = (
+            f"{size(c)}, {c.steps:,} steps, teachers {list(c.teachers)}, {len(c.rhos)} values of "
+            f"ρ, {len(c.temperatures)} temperatures" + self.some(len(done))
+        )
+        return [result.save(output, scale)]
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"checkpoint_seconds": 120, "progress": True, "threads": args.threads}
+
+
+# rho = 1 first, because it is the slow one to learn; teacher by teacher, because one teacher at
+# both rhos is a result already.
+GRIDS = {
+    "fig3b": Config.paper("fig3b", "colab", rhos=(1.0, 0.0)),
+    "fig4": Config.paper("fig4", "colab", rhos=(1.0, 0.0), temperatures=(0.01, 0.1, 1.0)),
+    "fig5": Config.paper("fig5", "colab", rhos=(1.0, 0.0)),
+    "second_order": Config.paper("second_order", "colab", rhos=(1.0, 0.0)),
+    "shallow_teacher": Config.paper("shallow_teacher", "colab", rhos=(1.0, 0.0)),
+    "phase": Config.paper(
+        "fig3b",
+        "demo",
+        rhos=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
+        temperatures=tuple(np.logspace(-1, 0, 4).tolist()),
+        steps=3_000,
+        test_every=300,
+    ),
+}
+LABELLED = {
+    "budgets": [
+        (
+            Config.paper("fig3b", "demo", temperatures=(1.0,), steps=steps, test_every=steps),
+            {},
+        )
+        for steps in (500, 1_000, 2_000, 4_000, 8_000)
+    ],
+    "noise": [
+        (
+            Config.paper(
+                "fig3b",
+                "demo",
+                rhos=(0.0,),
+                temperatures=(0.1,),
+                depths=(2, 3, 5, 8),
+                head="given",
+                temperature_on="both",
+                batch=batch,
+                steps=steps,
+                test_every=steps,
+            ),
+            {"batch": batch},
+        )
+        for batch, steps in ((128, 1_500), (512, 1_500), (128, 6_000), (512, 6_000))
+    ],
+}
+
+
+class Patience(Run):
+    """Runs of many lengths from one trunk.
+
+    A run whose learning rate falls at its end is the run of constant rate up to there. So one
+    long run of constant rate, the trunk, is shared by runs of all lengths: at four fifths of
+    each length a branch leaves it and lets its rate fall, as if it had been alone from the
+    start. Seven lengths from 500 to 32,000 steps then cost 38,400 steps instead of 63,500.
+    """
+
+    ending = ".pt"
+    lengths: tuple[int, ...] = (500, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000)
+    config = Config.paper(
+        "fig4",
+        "demo",
+        rhos=(1.0, 0.0),
+        temperatures=(0.1, 1.0),
+        batch=256,
+        steps=32_000,
+        test_every=100,
+    )
+
+    def __init__(self):
+        self.shards = toy.shards(self.config)
+        self.names = [toy.slug(self.trunk(shard, self.lengths[0])) for shard in self.shards]
+
+    def trunk(self, shard: Config, length: int) -> Config:
+        """The run of constant rate, as far as a branch of this length needs it."""
+        return replace(shard, decay=False, steps=length * 4 // 5)
+
+    def branch(self, shard: Config, length: int) -> Config:
+        """The run of this length, whose rate falls over its last fifth; tested at its end."""
+        return replace(shard, steps=length, test_every=length)
+
+    def ends(self, i: int, folder: Path) -> dict[int, Path]:
+        branches = {length: self.branch(self.shards[i], length) for length in self.lengths}
+        return {length: folder / f"{toy.slug(c)}.pt" for length, c in branches.items()}
+
+    def make(self, i, path, args):
+        for length, end in self.ends(i, path.parent).items():
+            branch = self.branch(self.shards[i], length)
+            if not end.exists():
+                toy.train(self.trunk(self.shards[i], length), checkpoint=path, **options(args))
+                state = torch.load(path, weights_only=True)
+                state |= {"config": json.dumps(asdict(branch)), "records": []}
+                with archive.replacing(end) as partial:
+                    torch.save(state, partial)
+            toy.train(branch, checkpoint=end, **options(args))
+
+    def results(self, i: int, folder: Path) -> dict[int, toy.ToyResult]:
+        """Of the branches that are done, by length."""
+        there = {length: end for length, end in self.ends(i, folder).items() if end.exists()}
+        found = {length: toy.ToyResult.from_checkpoint(end) for length, end in there.items()}
+        return {length: result for length, result in found.items() if len(result.losses)}
+
+    def status(self, i, path):
+        done = self.results(i, path.parent)
+        return f"{len(done)} of {len(self.lengths)} lengths done" + (
+            f", up to {max(done):,} steps" if done else ""
+        )
+
+    def finished(self, i, path):
+        return len(self.results(i, path.parent)) == len(self.lengths)
+
+    def assemble(self, done, args):
+        frames, seconds = [], 0.0
+        for i, path in done.items():
+            frames.append(toy.ToyResult.from_checkpoint(path).losses.assign(annealed=False))
+            results = list(self.results(i, path.parent).values())
+            frames += [r.losses.assign(annealed=True) for r in results]
+            # The last branch's time includes the trunk's; of the others only their own fifth.
+            seconds += results[-1].wall_seconds + sum(r.wall_seconds / 5 for r in results[:-1])
+        c, teachers = self.config, sorted({t for i in done for t in self.shards[i].teachers})
+        table = pd.concat(frames).sort_values(["annealed", "step", *toy.GRID], ignore_index=True)
+        path = archive.save(
+            table,
+            args.results / "toy_patience.parquet",
+            config=asdict(c) | {"teachers": teachers, "steps": list(self.lengths)},
+            seeds={"teachers": teachers, "students": list(c.seeds)},
+            scale=f"{size(c)}, {len(teachers)} teachers, {len(c.temperatures)} temperatures, "
+            f"{len(self.lengths)} lengths of training up to {self.lengths[-1]:,} steps"
+            + self.some(len(done)),
+            wall_seconds=seconds,
+        )
+        return [path]
+
+
+# How students use their depth -----------------------------------------------------------
+
+UPDATES = Config(
+    width=16,
+    vocabulary=1,  # no head: the loss compares states
+    teacher_depth=64,
+    depths=(4, 6, 8, 12, 16, 24),
+    teachers=(0, 1, 2),
+    loss="mse",
+    head="none",
+    batch=128,
+    steps=5_000,
+    learning_rate=6e-4,
+    depth_factor=4.0,
+    decay=True,
+    test_every=10**9,  # nothing but probes
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A grid, where its students start, and when they are measured."""
+
+    config: Config
+    starts: tuple[str, ...] = ("fresh",)
+    marks: tuple[int, ...] = field(default=(30, 100, 300, 1_000, 2_000, 5_000))
+    units: int | None = None  # hidden units of all layers together, if not 4 · width a layer
+
+
+PARTS = {
+    "main": Part(UPDATES),
+    "starts": Part(
+        replace(UPDATES, depths=(8, 16), rhos=(1.0,)),
+        ("teacher", "tied"),
+        (0, 100, 300, 1_000, 2_000, 5_000),
+    ),
+    "long": Part(
+        replace(UPDATES, depths=(8, 16), rhos=(1.0,), teachers=(0, 1), steps=20_000),
+        marks=(300, 1_000, 2_000, 5_000, 10_000, 15_000, 20_000),
+    ),
+    "second_order": Part(
+        replace(UPDATES, depths=(3, 6, 8, 12), order=2, teachers=(0, 1)), marks=(2_000, 5_000)
+    ),
+    "shallow": Part(replace(UPDATES, rhos=(0.0,), teacher_depth=8), marks=(2_000, 5_000)),
+    "shape": Part(
+        replace(UPDATES, depths=(1, 4, 16), teachers=(0, 1)), marks=(2_000, 5_000), units=1024
+    ),
+}
+INPUTS = 1000
+
+
+class Probes(Run):
+    """Students, measured: a table of numbers and one of profiles, for each shard."""
+
+    ending = ".updates.parquet"
+    output: str
+
+    def config(self, i: int) -> Config:
+        raise NotImplementedError
+
+    def save(self, path: Path, found: list[tuple[dict, toy.probing.Probed]], i: int, begin: float):
+        config = self.config(i)
+        tables = {
+            "updates": pd.DataFrame([which | probed.numbers for which, probed in found]),
+            "profiles": pd.concat(
+                [probed.profiles.assign(**which) for which, probed in found], ignore_index=True
+            ),
+        }
+        for kind, table in reversed(tables.items()):  # the one that says it is done comes last
+            archive.save(
+                table,
+                path.with_name(path.name.replace(".updates.", f".{kind}.")),
+                config=asdict(config),
+                seeds={"teachers": list(config.teachers)},
+                scale=f"{size(config)}, {config.steps:,} steps",
+                wall_seconds=time.perf_counter() - begin,
+            )
+
+    def assemble(self, done, args):
+        written = []
+        for kind in ("updates", "profiles"):
+            paths = [p.with_name(p.name.replace(".updates.", f".{kind}.")) for p in done.values()]
+            parts = [archive.load(path) for path in paths]
+            teachers = sorted({t for p in parts for t in p.provenance["seeds"]["teachers"]})
+            configs = [p.provenance["config"] for p in parts]
+            largest = max(configs, key=lambda c: c["steps"])
+            written.append(
+                archive.save(
+                    pd.concat([p.frame for p in parts], ignore_index=True),
+                    args.results / self.file(kind),
+                    config={self.names[i]: c for i, c in zip(done, configs, strict=True)},
+                    seeds={"teachers": teachers},
+                    scale=f"width {largest['width']}, batch {largest['batch']}, up to "
+                    f"{largest['steps']:,} steps, teachers {teachers}" + self.some(len(done)),
+                    wall_seconds=sum(p.provenance["wall_seconds"] for p in parts),
+                )
+            )
+        return written
+
+    def file(self, kind: str) -> str:
+        return f"{self.output}_{kind}.parquet"
+
+
+class Updates(Probes):
+    """Students measured at several moments of training."""
+
+    def __init__(self, steps: int | None = None):
+        self.parts = dict(PARTS)
+        for name, part in PARTS.items() if steps is not None else ():
+            marks = tuple(sorted({min(mark, steps) for mark in part.marks}))
+            self.parts[name] = replace(part, config=replace(part.config, steps=steps), marks=marks)
+        self.names = list(self.parts)
+
+    def config(self, i):
+        return self.parts[self.names[i]].config
+
+    def file(self, kind):
+        return "toy_updates.parquet" if kind == "updates" else "toy_updates_profiles.parquet"
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        name, part, found, begin = self.names[i], self.config(i), [], time.perf_counter()
+        part = self.parts[name]
+        c, shapes = part.config, [part.config]
+        if part.units:  # the learning rate goes with the units, which are all the same
+            rate = c.depth_factor / np.sqrt(part.units / c.hidden)
+            shapes = [
+                replace(c, depths=(depth,), depth_factor=float(rate * np.sqrt(depth)))
+                for depth in c.depths
+            ]
+        with _runs.cpu(args.threads):
+            for start in part.starts:
+                for config in shapes:
+                    hidden = part.units // config.depths[0] if part.units else config.hidden
+                    wide = replace(config, expansion=hidden // config.width)
+                    grid = Trainer(wide, torch.device("cpu"), taught_by=config, start=start)
+                    for step in part.marks:
+                        while grid.step < step:
+                            grid.advance()
+                        which = {"part": name, "start": start, "order": config.order}
+                        which |= {"teacher_depth": config.teacher_depth, "step": step}
+                        for group in grid.groups:
+                            for j, s in enumerate(group.students):
+                                own = which | {k: s[k] for k in ("rho", "teacher", "depth")}
+                                own["hidden"] = hidden
+                                weights = [w[:, j] for w in group.weights]
+                                probed = toy.probe(
+                                    config,
+                                    weights,
+                                    teacher=s["teacher"],
+                                    rho=s["rho"],
+                                    inputs=INPUTS,
+                                )
+                                found.append((own, probed))
+                        seconds = time.perf_counter() - begin
+                        print(f"{name}, {start}, step {step:,}, {seconds:.0f} s", flush=True)
+        self.save(path, found, i, begin)
+
+
+class Finished(Probes):
+    """Students measured in the checkpoints of other runs, which are in the same folder."""
+
+    def __init__(self, output: str, members: Sequence[tuple[str, Config]]):
+        self.output, self.members = output, list(members)
+        self.names = [f"{name}_{toy.slug(config)}" for name, config in self.members]
+
+    def config(self, i):
+        return self.members[i][1]
+
+    def make(self, i, path, args):
+        name, config = self.members[i]
+        source, begin = path.parent / f"{toy.slug(config)}.pt", time.perf_counter()
+        result = toy.ToyResult.from_checkpoint(source, students=True) if source.exists() else None
+        if result is None or config.steps not in set(result.losses["step"]):
+            print(f"{name}: {toy.slug(config)} is not done", flush=True)
+            return
+        found = []
+        for key, weights in result.weights.items():
+            which = {"part": name, "order": config.order, "teacher_depth": config.teacher_depth}
+            which |= {"step": config.steps} | dict(zip(toy.GRID, key, strict=True))
+            whose = {"teacher": which["teacher"], "rho": which["rho"]}
+            found.append((which, toy.probe(config, weights[:3], **whose, inputs=INPUTS)))
+        self.save(path, found, i, begin)
+
+
+def finished_of(name: str) -> Finished:
+    if name == "patience_updates":
+        run = Patience()
+        members = [("patience", run.branch(s, n)) for s in run.shards for n in run.lengths]
+    else:
+        grids = ("fig5", "second_order", "shallow_teacher")
+        members = [(grid, shard) for grid in grids for shard in toy.shards(GRIDS[grid])]
+    return Finished(f"toy_{name.removesuffix('_updates')}", members)
+
+
+# Folds ----------------------------------------------------------------------------------
+
+
+class NestedSteps(Run):
+    """Loss of every network by folds, depth, seed and way of training."""
+
+    folds: tuple[int, ...] = (2, 3, 4)
+    depths: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    # Half the steps of a stage; from scratch, all stages' steps go to the full target.
+    ways: dict[str, dict[str, Any]] = {  # noqa: RUF012
+        "curriculum": {"curriculum": True, "steps": 250},
+        "from scratch": {"curriculum": False, "steps": 250},
+        "from scratch, 10 × steps": {"curriculum": False, "steps": 2500},
+    }
+
+    def __init__(self, seeds: int):
+        self.seeds = seeds
+        self.members = [(way, folds) for way in self.ways for folds in self.folds]
+        words = {way: way.replace(", 10 × steps", " long").replace(" ", "-") for way in self.ways}
+        self.names = [f"nested_{words[way]}_{folds}_{seeds}" for way, folds in self.members]
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        (way, folds), begin = self.members[i], time.perf_counter()
+        with _runs.cpu(args.threads):
+            learned = regimes.learn_folds(folds, self.depths, seeds=self.seeds, **self.ways[way])
+        archive.save(
+            learned.frame.assign(training=way),
+            path,
+            config={"folds": folds, "depths": self.depths, **self.ways[way]},
+            seeds=0,
+            scale=f"{self.seeds} networks of each kind",
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    def assemble(self, done, args):
+        parts = [archive.load(path) for path in done.values()]
+        about = {"folds": self.folds, "depths": self.depths, "networks": self.seeds}
+        path = archive.save(
+            pd.concat([p.frame for p in parts], ignore_index=True),
+            args.results / "nested_steps.parquet",
+            config=about | {"ways": self.ways},
+            seeds=0,
+            scale=f"{self.seeds} networks of each kind" + self.some(len(done)),
+            wall_seconds=sum(p.provenance["wall_seconds"] for p in parts),
+        )
+        return [path]
+
+
+# The depth ladder -----------------------------------------------------------------------
+
+
+class Ladder(Run):
+    """One model a shard."""
+
+    def __init__(self, args: argparse.Namespace):
+        given = {"depths": args.depths, "seeds": args.seeds, "learning_rates": args.rates}
+        changes: dict[str, Any] = {k: tuple(v) for k, v in given.items() if v is not None}
+        whole = {"width": args.width, "steps": args.steps}
+        changes |= {name: value for name, value in whole.items() if value is not None}
+        self.recipe = ladder.LadderConfig.at(args.scale, **changes)
+        self.shards = ladder.shards(self.recipe)
+        self.names = [self.recipe.name(*shard) for shard in self.shards]
+        self.args, self._text = args, None
+
+    @property
+    def text(self) -> ladder.Corpus:
+        if self._text is None:
+            self._text = ladder.corpus(self.args.text)
+        return self._text
+
+    def options(self) -> dict[str, Any]:
+        names = ("device", "threads", "compiled", "autocast")
+        return {"text": self.text, "progress": True} | {n: getattr(self.args, n) for n in names}
+
+    def path(self, i, folder):
+        return folder / f"{ladder.slug(self.recipe, *self.shards[i])}.pt"
+
+    def search(self, depth: int, folder: Path):
+        """The best learning rate of a depth; whoever needs it while it is being sought waits."""
+        with _runs.claimed(folder / f"search_{self.recipe.name(depth, 0)}.json", wait=True):
+            return ladder.best_rate(self.recipe, depth, folder, **self.options())
+
+    def make(self, i, path, args):
+        depth, seed = self.shards[i]
+        rate = self.search(depth, path.parent)[0]
+        more = {"learning_rate": rate, "checkpoint": path}
+        ladder.train(self.recipe, depth, seed, **more, **self.options())
+
+    def status(self, i, path):
+        model = ladder.LadderModel.from_checkpoint(path)
+        loss = f"held-out loss {model.losses['held_out_loss'].iloc[-1]:.4f}, " if model.step else ""
+        hours = model.wall_seconds / 3600
+        return f"tested at step {model.step:,} of {self.recipe.steps:,}, {loss}{hours:.2f} h"
+
+    def finished(self, i, path):
+        return ladder.LadderModel.from_checkpoint(path).finished
+
+    def assemble(self, done, args):
+        models = [ladder.LadderModel.from_checkpoint(path, self.text) for path in done.values()]
+        searches = None
+        if len(self.recipe.learning_rates) > 1:
+            depths = sorted({model.settings["depth"] for model in models})
+            tables = [self.search(depth, args.folder)[1] for depth in depths]
+            searches = pd.concat(tables, ignore_index=True)
+        about = {"scale": self.recipe.scale + self.some(len(done)), "searches": searches}
+        folder = None if args.losses else args.models
+        more = about | {"label": args.losses or ""}
+        return ladder.assemble(models, self.text, folder, args.results, **more)
+
+
+# The command ----------------------------------------------------------------------------
+
+NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
+NAMES += ("nested_steps", "ladder")
+
+
+def build(args: argparse.Namespace) -> Run:
+    name = args.name
+    if name in GRIDS:
+        shards = toy.shards(GRIDS[name])
+        return Grids(f"toy_{name}", [(shard, {}) for shard in shards], args.steps)
+    if name in LABELLED:
+        return Grids(f"toy_{name}", LABELLED[name], args.steps)
+    if name == "updates":
+        return Updates(args.steps)
+    if name.endswith("_updates"):
+        return finished_of(name)
+    if name == "patience":
+        return Patience()
+    return NestedSteps(args.seeds) if name == "nested_steps" else Ladder(args)
+
+
+def parser() -> argparse.ArgumentParser:
+    first, _, _ = __doc__.partition("\n\n")
+    whole = argparse.ArgumentParser(description=first)
+    names = whole.add_subparsers(dest="name", required=True, metavar="name")
+    for name in NAMES:
+        one = names.add_parser(name)
+        one.add_argument("action", choices=("run", "status", "assemble"))
+        one.add_argument("--folder", type=_arguments.folder, required=True, help="where shards are")
+        one.add_argument("--shards", type=_arguments.index, nargs="*", help="numbers; all if none")
+        one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
+        one.add_argument("--threads", type=_arguments.count, default=1)
+        one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
+        if name in (*GRIDS, *LABELLED, "updates", "ladder"):
+            one.add_argument("--steps", type=_arguments.count, help="instead of its own")
+        if name == "nested_steps":
+            one.add_argument("--seeds", type=_arguments.count, default=32, help="of each kind")
+    one.add_argument("--scale", default="cpu", help="demo, cpu, gpu or gpu-wide")
+    one.add_argument("--depths", type=_arguments.count, nargs="+", help="instead of the scale's")
+    one.add_argument("--seeds", type=_arguments.index, nargs="+", help="instead of the scale's")
+    one.add_argument("--width", type=_arguments.count, help="instead of the scale's")
+    one.add_argument("--rates", type=_arguments.rate, nargs="+", help="learning rates to try")
+    one.add_argument("--device", type=_arguments.device, help="a GPU where there is one if none")
+    one.add_argument("--autocast", action="store_true", help="products in bfloat16")
+    one.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=None)
+    one.add_argument("--text", type=_arguments.folder, help="instead of the standard library")
+    one.add_argument("--losses", metavar="LABEL", help="assemble the losses alone, as LABEL")
+    one.add_argument("--models", type=_arguments.folder, default=ROOT / "models")
+    return whole
+
+
+def share(jobs: int, arguments: list[str]) -> int:
+    """Run the same command in several processes."""
+    command = [sys.executable, __file__, *arguments, "--jobs", "1"]
+    processes = [subprocess.Popen(command) for _ in range(jobs)]
+    try:
+        return max(process.wait() for process in processes)
+    except KeyboardInterrupt:  # which the processes got too; their checkpoints remain
+        return max(process.wait() for process in processes)
+
+
+def make(run: Run, args: argparse.Namespace) -> None:
+    """Make those of the wanted shards that no other process is making."""
+    failed = 0
+    for i, name in enumerate(run.names):
+        if args.shards is not None and i not in args.shards:
+            continue
+        path = run.path(i, args.folder)
+        with _runs.claimed(path) as ours:
+            print(f"shard {i}: {name}" + ("" if ours else " is taken"), flush=True)
+            try:
+                if ours:
+                    run.make(i, path, args)
+            except FloatingPointError as error:
+                failed += 1
+                print(f"shard {i}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"{failed} shards could not be made, see above")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    whole = parser()
+    args = whole.parse_args(arguments)
+    try:
+        run = build(args)
+        _arguments.within(whole, "--shards", args.shards, len(run.names))
+        if args.action == "run" and args.jobs > 1:
+            sys.exit(share(args.jobs, arguments))
+        if args.action == "run":
+            return make(run, args)
+        paths = {i: run.path(i, args.folder) for i in range(len(run.names))}
+        for i, path in paths.items():
+            said = run.status(i, path) if path.exists() else "not begun"
+            print(f"shard {i} ({run.names[i]}): {said}")
+        if args.action == "assemble":
+            done = {i: p for i, p in paths.items() if p.exists() and run.finished(i, p)}
+            if not done:
+                sys.exit(f"no shard of {args.name} in {args.folder} is finished: run goes on")
+            for path in run.assemble(done, args):
+                print(path)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
