@@ -31,9 +31,10 @@ ladder: .venv/installed  ## train models/ again, in hours; goes on where it was 
 	$(BIN)/python tools/archive.py ladder run --folder $(LADDER) --jobs $(JOBS)
 	$(BIN)/python tools/archive.py ladder assemble --folder $(LADDER)
 
-lint: .venv/installed  ## check the code's style
+lint: .venv/installed  ## check the code's style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy --no-error-summary
 
 serve:  ## show the built site at http://127.0.0.1:8000 (PORT=… for another)
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory _build/html $(PORT)

@@ -16,10 +16,10 @@ module          holds
                 apart
 ``toy``         a grid of students trained at once to imitate deeper teachers; how they
                 use their depth
-``models``      loading language models by name; where their blocks, sublayers,
-                norms and head are (needs the ``models`` extra)
-``stream``      a live model: hooks that come off whatever happens, and what its
-                blocks, sublayers, norm and head really do, measured
+``stream``      a live model: where its blocks, sublayers, norm and head are and what
+                they really do; hooks that come off whatever happens
+``models``      loading language models by name, and texts for them (needs the
+                ``models`` extra)
 ``trajectory``  what every layer writes, recorded over a corpus: norms, angles,
                 contributions and early decoding, with standard errors
 ``nulls``       untrained and shuffled networks, to compare a trained one with

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,7 @@ def within(
         parser.error(f"argument {name}: there is no {beyond[0]}, only 0 to {total - 1}")
 
 
-def _number(text: str, kind: type, low: float, what: str):
+def _number(text: str, kind: type, low: float, what: str) -> Any:
     try:
         value = kind(text)
     except ValueError:

@@ -54,7 +54,9 @@ def standard(problem: Problem, params: np.ndarray) -> np.ndarray:
     return out
 
 
-def evaluate(problem: Problem, theta, y, w):
+def evaluate(
+    problem: Problem, theta: np.ndarray, y: np.ndarray, w: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Unit terms, terms, prediction, log residual and objective of each member."""
     k = len(problem.z)
     unit = np.exp(-theta[:, k : 2 * k, None] * problem.z)
@@ -67,13 +69,23 @@ def evaluate(problem: Problem, theta, y, w):
     return unit, term, prediction, r, (w * rho).sum(1)
 
 
-def jacobian(problem: Problem, unit, term, prediction):
+def jacobian(
+    problem: Problem, unit: np.ndarray, term: np.ndarray, prediction: np.ndarray
+) -> np.ndarray:
     """Derivatives of the log prediction, (B, 2K + 1, n)."""
     ones = np.ones_like(prediction)[:, None]
     return np.concatenate([unit, -term * problem.z, ones], axis=1) / prediction[:, None]
 
 
-def curvature(problem: Problem, unit, term, prediction, r, w, exact):
+def curvature(
+    problem: Problem,
+    unit: np.ndarray,
+    term: np.ndarray,
+    prediction: np.ndarray,
+    r: np.ndarray,
+    w: np.ndarray,
+    exact: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gradient and Hessian of half the objective.
 
     Far from the minimum the Hessian is Gauss and Newton's, which is never
@@ -98,7 +110,9 @@ def curvature(problem: Problem, unit, term, prediction, r, w, exact):
     return (slopes @ psi[:, :, None])[:, :, 0], hessian, scale
 
 
-def minimise(problem: Problem, theta, y, w, max_steps: int = 500):
+def minimise(
+    problem: Problem, theta: np.ndarray, y: np.ndarray, w: np.ndarray, max_steps: int = 500
+) -> tuple[np.ndarray, np.ndarray]:
     """Levenberg-Marquardt for the whole batch, ending in exact Newton steps.
 
     Coefficients and floor stay at or above 0, exponents in [0, ``upper``]: a
@@ -113,15 +127,15 @@ def minimise(problem: Problem, theta, y, w, max_steps: int = 500):
     state = [theta, *evaluate(problem, theta, y, w)]
     diagonal, upper = np.arange(size), problem.upper
     for _ in range(max_steps):
-        theta, *rest, f = state
-        gradient, hessian, scale = curvature(problem, *rest, w[alive], exact)
+        theta, unit, term, prediction, r, f = state
+        gradient, hessian, scale = curvature(problem, unit, term, prediction, r, w[alive], exact)
         outwards = ((theta <= 0) & (gradient > 0)) | ((theta >= upper) & (gradient < 0))
         move = problem.free & ~outwards
         # In units of each parameter's own curvature: they differ by many powers of ten.
-        unit = 1 / np.sqrt(np.where(move & (scale > 1e-100), scale, 1))
-        hessian *= (move * unit)[:, :, None] * (move * unit)[:, None, :]
+        own = 1 / np.sqrt(np.where(move & (scale > 1e-100), scale, 1))
+        hessian *= (move * own)[:, :, None] * (move * own)[:, None, :]
         hessian[:, diagonal, diagonal] += np.where(move, damping[:, None] + 1e-14, 1)
-        step = np.linalg.solve(hessian, -(gradient * move * unit)[:, :, None])[:, :, 0] * unit
+        step = np.linalg.solve(hessian, -(gradient * move * own)[:, :, None])[:, :, 0] * own
         new = np.where(problem.free, np.clip(theta + step, 0, upper), theta)
         trial = [new, *evaluate(problem, new, y[alive], w[alive])]
         gain = f - trial[-1]
@@ -145,7 +159,7 @@ def minimise(problem: Problem, theta, y, w, max_steps: int = 500):
     return best, value
 
 
-def screen(problem: Problem, y, w, keep: int) -> np.ndarray:
+def screen(problem: Problem, y: np.ndarray, w: np.ndarray, keep: int) -> np.ndarray:
     """Starting points, (B, keep, 2K + 1): good exponents from a coarse grid.
 
     With the exponents given, relative error is linear in the rest, so each point of
@@ -195,7 +209,13 @@ def screen(problem: Problem, y, w, keep: int) -> np.ndarray:
     return theta
 
 
-def search(problem: Problem, y, w, starts: int, warm: np.ndarray | None = None):
+def search(
+    problem: Problem,
+    y: np.ndarray,
+    w: np.ndarray,
+    starts: int,
+    warm: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Polish the ``starts`` best points of the grid, and ``warm``; keep the best of each."""
     y, w = np.atleast_2d(y), np.atleast_2d(w)
     theta = screen(problem, y, w, starts)
@@ -211,7 +231,7 @@ def search(problem: Problem, y, w, starts: int, warm: np.ndarray | None = None):
     return theta.reshape(batch, each, size)[rows, chosen], value[rows, chosen]
 
 
-def search_wide(problem: Problem, y) -> tuple[np.ndarray, float]:
+def search_wide(problem: Problem, y: np.ndarray) -> tuple[np.ndarray, float]:
     """The best fit to one set of losses, (2K + 1,), and its objective.
 
     All points of the grid are polished. Then, from each of the lowest minima found, one

@@ -77,7 +77,7 @@ def _reason(error: OSError) -> str:
         errno.ENOTDIR: "a file is in the place of one of its folders, name another",
         errno.EEXIST: "a file is in the place of one of its folders, name another",
     }
-    return reasons.get(error.errno, error.strerror or str(error))
+    return reasons.get(error.errno or 0, error.strerror or str(error))
 
 
 def _make_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ import json
 from dataclasses import dataclass
 from importlib import resources
 from string import Template
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,7 +46,7 @@ class LawExplorer:
         return self.summary
 
 
-def law_explorer(runs, fit) -> LawExplorer:
+def law_explorer(runs: pd.DataFrame, fit: Any) -> LawExplorer:
     """Draw the law, its three terms and the optimal shape, with a slider on every parameter.
 
     The law is ``L = c_m/m**α_m + c_ℓ/ℓ**α_ℓ + c_D/D**α_D + L_0``. While one
@@ -116,7 +117,7 @@ def law_explorer(runs, fit) -> LawExplorer:
     return LawExplorer(html=page, summary=summary)
 
 
-def _check_runs(runs) -> dict[str, list[float]]:
+def _check_runs(runs: Any) -> dict[str, list[float]]:
     if not isinstance(runs, pd.DataFrame):
         raise TypeError(
             f"runs must be a pandas DataFrame with the columns {', '.join(_COLUMNS)}, "
@@ -138,7 +139,7 @@ def _check_runs(runs) -> dict[str, list[float]]:
     return columns
 
 
-def _check_params(fit) -> dict[str, float]:
+def _check_params(fit: Any) -> dict[str, float]:
     params = getattr(fit, "params", None)
     if not isinstance(params, pd.Series):
         raise TypeError(
@@ -168,7 +169,7 @@ def _short(value: float, digits: int) -> float | int:
     return int(value) if value.is_integer() else value
 
 
-def _objective(params, columns) -> float:
+def _objective(params: dict[str, float], columns: dict[str, list[float]]) -> float:
     size = {name: np.asarray(columns[name], float) for name in _COLUMNS}
     loss = params["L0"] + sum(
         params[f"c_{term}"] * size[column] ** -params[f"alpha_{term}"]
@@ -177,7 +178,7 @@ def _objective(params, columns) -> float:
     return float(100 * np.mean(np.log(size["loss"] / loss) ** 2))
 
 
-def _middle_size(columns) -> float:
+def _middle_size(columns: dict[str, list[float]]) -> float:
     """Decimal logarithm of the runs' typical number of parameters, 12 m²ℓ."""
     width, depth = (np.log10(np.asarray(columns[name], float)) for name in ("width", "depth"))
     return float(np.clip(np.mean(np.log10(12) + 2 * width + depth), 7, 12))
@@ -201,7 +202,7 @@ def _slider(name: str, symbol: str, title: str, low: float, high: float, value: 
     )
 
 
-def _parameters(params, columns) -> str:
+def _parameters(params: dict[str, float], columns: dict[str, list[float]]) -> str:
     groups = []
     for term, size, index in _TERMS:
         alpha = params[f"alpha_{term}"]

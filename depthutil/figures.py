@@ -8,10 +8,15 @@ every colour a figure uses should come from this module.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 import seaborn as sns
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 
 PAPER = "#ffffff"
 INK = "#1f2430"
@@ -131,7 +136,14 @@ def recolour(svg: str, theme: str) -> str:
     return pattern.sub(lambda match: inks[match.group().lower()], svg)
 
 
-def slope_guide(ax: mpl.axes.Axes, x, slope: float, through, label: str | None = None, **style):
+def slope_guide(
+    ax: mpl.axes.Axes,
+    x: Sequence[float],
+    slope: float,
+    through: tuple[float, float],
+    label: str | None = None,
+    **style: Any,
+) -> Line2D:
     """Draw a power law ``y ∝ x**slope`` as a dashed line on log-log axes.
 
     Parameters
@@ -159,9 +171,8 @@ def slope_guide(ax: mpl.axes.Axes, x, slope: float, through, label: str | None =
     """
     ends = np.array([np.min(x), np.max(x)], dtype=float)
     x0, y0 = through
-    (line,) = ax.plot(
-        ends, y0 * (ends / x0) ** slope, **{"color": MUTED, "ls": "--", "lw": 1.1} | style
-    )
+    dashed: dict[str, Any] = {"color": MUTED, "ls": "--", "lw": 1.1}
+    (line,) = ax.plot(ends, y0 * (ends / x0) ** slope, **dashed | style)
     ax.set(xscale="log", yscale="log")
     if label:
         ax.annotate(
@@ -176,7 +187,7 @@ def slope_guide(ax: mpl.axes.Axes, x, slope: float, through, label: str | None =
     return line
 
 
-def depth_axis(ax: mpl.axes.Axes, depths, label: str = "depth ℓ (layers)") -> None:
+def depth_axis(ax: mpl.axes.Axes, depths: Iterable[float], label: str = "depth ℓ (layers)") -> None:
     """Make ``ax``'s x axis logarithmic, with a tick at each depth that was run.
 
     Examples
@@ -189,12 +200,13 @@ def depth_axis(ax: mpl.axes.Axes, depths, label: str = "depth ℓ (layers)") -> 
     >>> plt.close(fig)
     """
     ax.set_xscale("log")
-    ax.set_xticks(list(depths), labels=[f"{depth:g}" for depth in depths])
+    depths = list(depths)
+    ax.set_xticks(depths, labels=[f"{depth:g}" for depth in depths])
     ax.minorticks_off()
     ax.set_xlabel(label)
 
 
-def shades(values) -> dict:
+def shades(values: Iterable[Any]) -> dict[Any, float]:
     """An opacity for each value, faint for the smallest: many curves of one colour.
 
     Parameters
@@ -215,7 +227,9 @@ def shades(values) -> dict:
     }
 
 
-def against_depth(ax: mpl.axes.Axes, table, *, errors: float = 2, **style):
+def against_depth(
+    ax: mpl.axes.Axes, table: pd.DataFrame, *, errors: float = 2, **style: Any
+) -> ErrorbarContainer:
     """Draw means with their error bars against layers or depths.
 
     Parameters
@@ -242,7 +256,6 @@ def against_depth(ax: mpl.axes.Axes, table, *, errors: float = 2, **style):
     Examples
     --------
     >>> import matplotlib.pyplot as plt
-    >>> import pandas as pd
     >>> fig, ax = plt.subplots()
     >>> table = pd.DataFrame({"layer": [1, 2], "mean": [0.4, 0.3], "stderr": [0.01, 0.02]})
     >>> drawn = against_depth(ax, table, label="trained")

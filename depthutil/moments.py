@@ -124,8 +124,7 @@ class Moments:
 
     def __init__(self, size: int, joint: bool):
         self.joint = joint
-        for name in self.names[:5]:
-            setattr(self, name, np.zeros(size))
+        self.documents, self.n, self.s, self.squares, self.shift = np.zeros((5, size))
         shape = (size, size) if joint else (size,)
         self.nn, self.ns, self.ss = (np.zeros(shape) for _ in range(3))
 

@@ -142,7 +142,9 @@ def _positive(stderr: Any, shape: tuple[int, ...]) -> np.ndarray:
     return errors
 
 
-def _coefficient_error(x: np.ndarray, y: np.ndarray, degree: int, weights) -> float:
+def _coefficient_error(
+    x: np.ndarray, y: np.ndarray, degree: int, weights: np.ndarray | None
+) -> float:
     """Standard error of a polynomial's leading coefficient."""
     design = np.vander(x, degree + 1)
     if weights is not None:

@@ -132,7 +132,9 @@ def _rotation(width: int, rng: np.random.Generator) -> Callable:
 def _pendulums(width: int, rng: np.random.Generator) -> Callable:
     frequency = rng.uniform(1.0, 3.0, width - width // 2)
 
-    def rate(x):  # the first half of the stream are angles, the rest their velocities
+    def rate(
+        x: np.ndarray,
+    ) -> np.ndarray:  # the first half of the stream are angles, the rest their velocities
         angle, velocity = x[..., : width // 2], x[..., width // 2 :]
         pull = np.zeros_like(velocity)
         pull[..., : width // 2] = -np.sin(angle)
@@ -207,9 +209,9 @@ def procedural(
             exact = _flow_exactly(f, h, step, substeps)
             new = exact + signs * (new - exact)
         states.append(new)
-    states = np.stack(states)
+    stream = np.stack(states)
     target = _flow_exactly(f, x, 1.0, depth * substeps)
-    return Run("procedural", states, target, _relative_error(states, target))
+    return Run("procedural", stream, target, _relative_error(stream, target))
 
 
 def compositional(
@@ -265,7 +267,7 @@ def compositional(
         raise ValueError(f"folds = {folds} is more than double precision can hold: use 40 or fewer")
     rng = np.random.default_rng(seed)
     h = rng.random((inputs, width))
-    levels = _levels(levels, folds, inputs, rng)
+    each = _levels(levels, folds, inputs, rng)
     low = np.zeros(width)
     states, last = [h], h
     for layer in range(1, max(depth, folds) + 1):
@@ -275,14 +277,14 @@ def compositional(
             fold = np.where(
                 from_right, np.minimum(h, 2 * crease - h), np.maximum(h, 2 * crease - h)
             )
-            h = np.where((levels >= layer)[:, None], fold, h)
+            h = np.where((each >= layer)[:, None], fold, h)
             low = np.where(from_right, low, crease)
         if layer <= depth:
             states.append(h)
             last = h
     unexplained = np.full(inputs, np.nan)
-    for level in np.unique(levels):
-        of_level = levels == level
+    for level in np.unique(each):
+        of_level = each == level
         unexplained[of_level] = _unexplained(last[of_level], h[of_level])
     return Run("compositional", np.stack(states), h, float(unexplained.mean()))
 
@@ -292,19 +294,21 @@ def _check_sizes(**sizes: int) -> None:
         _checks.count(size, name)
 
 
-def _levels(levels, folds: int, inputs: int, rng: np.random.Generator) -> np.ndarray:
+def _levels(
+    levels: str | Sequence[int], folds: int, inputs: int, rng: np.random.Generator
+) -> np.ndarray:
     if isinstance(levels, str):
         if levels not in ("same", "mixed"):
             raise ValueError(f"levels must be 'same', 'mixed' or a number each, not {levels!r}")
         drawn = rng.integers(1, folds + 1, inputs)
         return drawn if levels == "mixed" else np.full(inputs, folds)
-    levels = np.asarray(levels)
-    if levels.shape != (inputs,) or levels.min() < 1 or levels.max() > folds:
+    each = np.asarray(levels)
+    if each.shape != (inputs,) or each.min() < 1 or each.max() > folds:
         raise ValueError(
             f"levels needs {inputs} numbers from 1 to folds = {folds}, one for each input; "
-            f"got shape {levels.shape} from {levels.min()} to {levels.max()}"
+            f"got shape {each.shape} from {each.min()} to {each.max()}"
         )
-    return levels
+    return each
 
 
 def _relative_error(states: np.ndarray, target: np.ndarray) -> float:
@@ -365,7 +369,7 @@ class LearnedFolds:
     outputs: np.ndarray = field(repr=False)
 
 
-def tent(x: np.ndarray, folds: int) -> np.ndarray:
+def tent(x: Any, folds: int) -> Any:
     """Where a point of a strip lies after some folds, in units of the folded strip.
 
     Examples
@@ -439,14 +443,20 @@ def learn_folds(
         start[1] = torch.randn(layers, networks, generator=generator)
     weights = start.requires_grad_()
 
-    def forward(x, active):
+    def forward(x: torch.Tensor, active: torch.Tensor) -> torch.Tensor:
         h = x.expand(networks, -1)
         for layer, (a, b, c, t) in enumerate(weights.unbind(1)):
             new = a[:, None] * h + b[:, None] * (h - t[:, None]).abs() + c[:, None]
             h = torch.where((layer < active)[:, None], new, h)
         return h
 
-    def train(target_folds, active, trained, steps, rate):
+    def train(
+        target_folds: int,
+        active: torch.Tensor,
+        trained: torch.Tensor,
+        steps: int,
+        rate: float,
+    ) -> None:
         adam = torch.optim.Adam([weights], lr=rate)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps, eta_min=rate / 50)
         for _ in range(steps):
@@ -454,7 +464,8 @@ def learn_folds(
             loss = (forward(x, active) - tent(x, target_folds)).square().mean(1).sum()
             adam.zero_grad()
             loss.backward()
-            weights.grad *= trained
+            if weights.grad is not None:
+                weights.grad *= trained
             adam.step()
             decay.step()
 
@@ -498,7 +509,10 @@ SETTINGS: dict[str, tuple[Callable[..., Run], dict[str, Any], float]] = {
 
 
 def measure(
-    network: Callable[..., Run], depths: Iterable[int], seeds: Iterable[int] = range(8), **settings
+    network: Callable[..., Run],
+    depths: Iterable[int],
+    seeds: Iterable[int] = range(8),
+    **settings: Any,
 ) -> pd.DataFrame:
     """Loss of one kind of network at several depths and seeds.
 
@@ -565,7 +579,7 @@ def measure_all(
     return pd.concat(frames, ignore_index=True)
 
 
-def fit_exponent(depths, losses=None, stderr=None) -> PowerLaw:
+def fit_exponent(depths: Any, losses: Any = None, stderr: Any = None) -> PowerLaw:
     """Fit a power of depth to losses, on logarithmic scales: :func:`depthutil.powerlaw.fit`.
 
     Parameters

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -177,14 +178,22 @@ def predict(params: pd.Series, runs: pd.DataFrame, *, depth_offset: float = 0) -
 # ------------------------------------------------------------------ fitting
 
 
-def _problem(x: np.ndarray, law: str, fixed: Mapping[str, float], huber_delta: float | None):
+def _problem(
+    x: np.ndarray, law: str, fixed: Mapping[str, float], huber_delta: float | None
+) -> _solver.Problem:
     values = np.array([float(fixed.get(name, np.nan)) for name in _names(law)])
     centre = np.where(np.isnan(values[: len(x)]), x.mean(axis=1), 0.0)
     delta = np.inf if huber_delta is None else float(huber_delta)
     return _solver.Problem(x - centre[:, None], centre, values, delta)
 
 
-def _check_fit(runs, law, depth_offset, fixed, huber_delta) -> tuple[np.ndarray, dict]:
+def _check_fit(
+    runs: pd.DataFrame,
+    law: str,
+    depth_offset: float,
+    fixed: Mapping[str, float] | None,
+    huber_delta: float | None,
+) -> tuple[np.ndarray, dict]:
     x = _inputs(runs, law, depth_offset)
     fixed = dict(fixed or {})
     for name, number in fixed.items():
@@ -429,7 +438,7 @@ class ScalingFit:
         residuals = _log_losses(self.runs) - np.log(self.predict().to_numpy())
         return pd.Series(residuals, index=self.runs.index, name="residual")
 
-    def refit(self, runs: pd.DataFrame | None = None, **changes) -> ScalingFit:
+    def refit(self, runs: pd.DataFrame | None = None, **changes: Any) -> ScalingFit:
         """The same law and options on other ``runs``, or with some options changed.
 
         Examples
@@ -438,7 +447,7 @@ class ScalingFit:
         >>> bool(exact.refit(fixed={"alpha_depth": 1.0}).objective > exact.objective)
         True
         """
-        options = {
+        options: dict[str, Any] = {
             "law": self.law,
             "depth_offset": self.depth_offset,
             "fixed": self.fixed,
@@ -673,7 +682,7 @@ def _crossing(
 ) -> float:
     """Where the deviance rises through the threshold on one side; infinite if it never does."""
     values = best + step * 1.4 ** np.arange(-2, 14)
-    values = np.r_[best, np.clip(values, *sorted((limit, best)))]
+    values = np.r_[best, np.clip(values, min(limit, best), max(limit, best))]
     for _ in range(5):
         rise = deviance(values)
         above = np.flatnonzero(rise > threshold)
@@ -686,7 +695,7 @@ def _crossing(
 # --------------------------------------------------------- what fits are for
 
 
-def compare(fits: Mapping[str, ScalingFit], **cross_validation) -> pd.DataFrame:
+def compare(fits: Mapping[str, ScalingFit], **cross_validation: Any) -> pd.DataFrame:
     """Laws fitted to the same losses, side by side.
 
     Parameters
@@ -777,7 +786,7 @@ def optimal_shape(
         raise ValueError(f"optimal_shape needs the law 'width-depth-data', not {_law_of(law)!r}")
     n, level = _checks.positive(list(n_params), "n_params"), _level(level)
 
-    def shape(p) -> pd.DataFrame:
+    def shape(p: Mapping[str, float]) -> pd.DataFrame:
         cw, cd, a, b = (p[k] for k in ("c_width", "c_depth", "alpha_width", "alpha_depth"))
         if not min(cw, cd, a, b) > 0:  # one of the terms is absent: no optimum between them
             return pd.DataFrame({"width": np.nan, "depth": np.nan, "loss": np.nan}, index=n)

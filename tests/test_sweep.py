@@ -279,7 +279,9 @@ def test_each_process_of_a_gpu_pool_sees_one_gpu(context, monkeypatch):
 def test_a_gpu_pool_keeps_to_the_gpus_it_was_given(monkeypatch):
     monkeypatch.setattr(toy.sweeps.torch.cuda, "device_count", lambda: 2)
     taken = []
-    monkeypatch.setattr(toy.sweeps, "ProcessPoolExecutor", lambda n, *rest: taken.append((n, rest[-1])))
+    monkeypatch.setattr(
+        toy.sweeps, "ProcessPoolExecutor", lambda n, *rest: taken.append((n, rest[-1]))
+    )
     for gpus, names in ((None, ["0", "1"]), ("2,5", ["2", "5"])):
         if gpus:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)

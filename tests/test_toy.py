@@ -8,14 +8,14 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 
-import archive_toy
+import archive as command
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
-from depthutil import _runs, signatures, toy
+from depthutil import _runs, archive, signatures, toy
 
 SMALL = toy.ToyConfig(
     width=6,
@@ -495,18 +495,18 @@ def test_a_sweep_on_processes_equals_one_here(tmp_path):
         )
 
 
-def test_the_archive_takes_what_is_finished(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(archive_toy.RUNS, "fig3b", SMALL)
-    place = ["--folder", str(tmp_path)]
-    output = tmp_path / "out.parquet"
-    with pytest.raises(SystemExit, match="no shard has reached step 12"):
-        archive_toy.main(["assemble", "fig3b", *place])
-    archive_toy.main(["run", "fig3b", *place, "--steps", "8"])
-    archive_toy.main(["run", "fig3b", *place, "--shards", "0", "2"])
-    archive_toy.main(["assemble", "fig3b", *place, "--output", str(output)])
-    assert "2 of 4 parts of the grid" in capsys.readouterr().out
+def test_the_archive_takes_what_is_finished(tmp_path, monkeypatch):
+    monkeypatch.setitem(command.GRIDS, "fig3b", SMALL)
+    place = ["--folder", str(tmp_path), "--results", str(tmp_path / "results")]
+    output = tmp_path / "results" / "toy_fig3b.parquet"
+    with pytest.raises(SystemExit, match=r"no shard of fig3b in .* is finished"):
+        command.main(["fig3b", "assemble", *place])
+    command.main(["fig3b", "run", *place, "--steps", "8"])
+    command.main(["fig3b", "run", *place, "--shards", "0", "2"])
+    command.main(["fig3b", "assemble", *place])
+    assert "2 of 4 parts" in archive.load(output).caption
     assert toy.ToyResult.load(output).config == replace(SMALL, rhos=(0.0,))
-    archive_toy.main(["assemble", "fig3b", *place, "--steps", "8", "--output", str(output)])
+    command.main(["fig3b", "assemble", *place, "--steps", "8"])
     whole = toy.ToyResult.load(output)
     assert whole.config == replace(SMALL, steps=8) and len(whole.losses) == 2 * 24
 

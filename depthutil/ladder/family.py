@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -66,7 +67,7 @@ def assemble(
     if text.summary != found[0].settings["corpus"]:
         raise ValueError(f"the models were not trained on the {text.source} as it is here")
     found = sorted(found, key=lambda model: (model.settings["seed"], model.settings["depth"]))
-    about = {
+    about: dict[str, Any] = {
         "config": {k: v for k, v in found[0].settings.items() if k not in free}
         | {"learning_rates": {m.name: m.settings["learning_rate"] for m in found}},
         "seeds": sorted({m.settings["seed"] for m in found}),

@@ -139,7 +139,9 @@ class LadderModel:
     def config(self) -> LadderConfig:
         """The settings as a configuration of this one model."""
         known = {f.name for f in fields(LadderConfig)} & set(self.settings)
-        own = {name: (self.settings[name[:-1]],) for name in ("depths", "seeds", "learning_rates")}
+        own: dict[str, Any] = {
+            name: (self.settings[name[:-1]],) for name in ("depths", "seeds", "learning_rates")
+        }
         return LadderConfig(**{name: self.settings[name] for name in known}, **own)
 
     @property

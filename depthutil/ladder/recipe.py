@@ -115,7 +115,7 @@ class LadderConfig:
     final_sequences: int | None = None
     scale: str = "custom"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.sequences(self, ("depths", "seeds"), int)
         _checks.sequences(self, ("learning_rates",), float)
         sizes = ("width", "sequence", "batch", "steps", "search_steps", "test_every")

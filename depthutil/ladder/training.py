@@ -115,7 +115,7 @@ def train(
     with _runs.cpu(threads):
         options = (text or corpus(), device, compiled, autocast)
         trainer = Trainer(config, depth, seed, rate, *options)
-        if state is not None:
+        if state is not None and path is not None:
             trainer.load(path, state)
         _run(trainer, path, checkpoint_seconds, progress)
     return LadderModel.of(trainer)
@@ -201,7 +201,9 @@ class Trainer:
     ):
         self.config, self.shard, self.peak = config, Shard(depth, seed), rate
         self.text, self.device, self.compiled = text, device, compiled
-        self.step, self.seconds, self.records, self.final = 0, 0.0, [], []
+        self.step, self.seconds = 0, 0.0
+        self.records: list[list[float]] = []
+        self.final: list[list[float]] = []
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.machine, self.commit = machine(device), archive.commit()
         self.batch = Windows(text.training, config.sequence, config.batch, seed)
@@ -270,8 +272,8 @@ class Trainer:
             full = np.full((size, part.shape[1]), -100)
             full[: len(part)] = part
             each = self.loss(torch.from_numpy(full).to(self.device), "none")
-            each = each.view(len(full), -1).double().sum(1).cpu().numpy()
-            np.add.at(sums, owners[start : start + len(part)], each[: len(part)])
+            each = each.view(len(full), -1).double().sum(1).cpu()
+            np.add.at(sums, owners[start : start + len(part)], each.numpy()[: len(part)])
         sizes = np.zeros(len(sums))
         np.add.at(sizes, owners, (rows[:, 1:] >= 0).sum(1))
         return sums, sizes

@@ -73,7 +73,7 @@ class Group:
         if graph:  # which repeats its kernels with their arguments: the rate is read from memory
             options |= {"capturable": True, "lr": torch.tensor(1e-3, device=device)}
         self.adam = torch.optim.Adam(self.trained, **options)
-        self.rate = None
+        self.rate: float | None = None
         self.temperature = torch.tensor(
             [[[s["temperature"]]] for s in self.students], dtype=w1[0].dtype, device=device
         )
@@ -110,12 +110,13 @@ class Group:
         loss = losses(self.config, last, head, self.temperature, target)
         # Each student's loss is its own: the gradient of their sum is every student's.
         grads = torch.autograd.grad(loss.sum(), [last, head] if own else [last])
-        for i, weight in enumerate(self.weights):
-            weight.grad = self.memory.take(f"grad{i}", weight.shape, weight)
+        into = [self.memory.take(f"grad{i}", w.shape, w) for i, w in enumerate(self.weights)]
+        for weight, grad in zip(self.weights, into, strict=True):
+            weight.grad = grad
         if own:
             # The fused Adam reads memory in order, whatever the strides say.
             self.head.grad = grads[1].contiguous()
-        self.stack.backward(grads[0], [weight.grad for weight in self.weights])
+        self.stack.backward(grads[0], into)
         self.adam.step()
         for weight in self.trained:
             weight.grad = None
@@ -205,16 +206,18 @@ class Trainer:
     ):
         _checks.word(start, ("fresh", "tied", "teacher"), "start")
         self.config, self.device, self.memory = config, device, Memory()
-        self.step, self.seconds, self.records, self.kernel = 0, 0.0, [], ""
+        self.step, self.seconds, self.kernel = 0, 0.0, ""
+        self.records: list[list[Any]] = []
         self.must, self.graph = graph is True, device.type == "cuda" and graph is not False
         self.watch = 1 if device.type == "cpu" else WATCH
-        self.advanced, self.watched, self.replay = 0, 0, None
+        self.advanced, self.watched = 0, 0
+        self.replay: Callable[[], None] | None = None
         self.inputs = InputBuffer(config, device)
         pairs = list(itertools.product(config.teachers, config.rhos))
         taught_by = config if taught_by is None else taught_by
         parts = [teacher_weights(taught_by, teacher, rho) for teacher, rho in pairs]
-        w1, b, w2, heads = zip(*parts, strict=True)
-        w1, b, w2 = (torch.stack(part, 1).to(device) for part in (w1, b, w2))
+        *mlps, heads = zip(*parts, strict=True)
+        w1, b, w2 = (torch.stack(part, 1).to(device) for part in mlps)
         self.teachers = stack(w1, b, w2, memory=self.memory)
         self.heads = torch.stack(heads).to(device)
         self.temperatures = torch.tensor(config.temperatures, dtype=w1.dtype, device=device)
@@ -304,7 +307,7 @@ class Trainer:
         )
 
     def test(self) -> None:
-        sums = [0.0] * len(self.groups)
+        sums: list[Any] = [0.0] * len(self.groups)
         drawn = self.inputs.draw(self.step, test=True).to(self.device)
         for x in drawn.split(self.config.batch, 1):
             x, target = self._targets(x, test=True)
@@ -358,6 +361,7 @@ def _each(x: Tensor, times: int) -> Tensor:
 
 
 def read_checkpoint(path: str | os.PathLike, device: Any = "cpu") -> tuple[dict, dict]:
+    """What :meth:`Trainer.save` wrote, and the configuration in it."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         return state, json.loads(state["config"])
@@ -369,7 +373,8 @@ def read_checkpoint(path: str | os.PathLike, device: Any = "cpu") -> tuple[dict,
         ) from error
 
 
-def by_student(trainer: Trainer) -> dict[tuple, tuple[Tensor, ...]]:
+def by_student(trainer: Trainer) -> dict[tuple, tuple[Any, ...]]:
+    """Each student's ``w1, b, w2, head`` by its values of ``GRID``; no head with ``"none"``."""
     found = {}
     for group in trainer.groups:
         for i, student in enumerate(group.students):

@@ -69,7 +69,9 @@ class Stack:
     True
     """
 
-    def __init__(self, w1: Tensor, b: Tensor, w2: Tensor, order: int = 1, memory=None):
+    def __init__(
+        self, w1: Tensor, b: Tensor, w2: Tensor, order: int = 1, memory: Memory | None = None
+    ):
         self.w1, self.b, self.w2, self.order = w1, b, w2, order
         self.memory = memory or Memory()
 
@@ -183,7 +185,15 @@ class FusedStack(Stack):
     ValueError: the Triton kernels compute in float32, not float64
     """
 
-    def __init__(self, w1, b, w2, order=1, memory=None, precision="ieee"):
+    def __init__(
+        self,
+        w1: Tensor,
+        b: Tensor,
+        w2: Tensor,
+        order: int = 1,
+        memory: Memory | None = None,
+        precision: str = "ieee",
+    ):
         super().__init__(w1, b, w2, order, memory)
         why = _why_not(w1.device, w1.shape[-1], w1.dtype, precision)
         if why:
@@ -242,7 +252,7 @@ def settings(width: int, hidden: int, precision: str) -> dict[str, Any]:
 class Memory:
     """Arrays that are written anew at every step, kept between steps."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.arrays: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:

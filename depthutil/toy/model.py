@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,7 +157,7 @@ class ToyConfig:
     dtype: str = "float32"
     scale: str = "custom"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _checks.sequences(self, ("depths", "teachers", "seeds"), int)
         _checks.sequences(self, ("rhos", "temperatures"), float)
         sizes = ("width", "expansion", "vocabulary", "teacher_depth", "steps", "batch")
@@ -285,7 +285,14 @@ class Network(nn.Module):
         1, or 2 for midpoint steps.
     """
 
-    def __init__(self, w1, b, w2, head: Tensor | None = None, order: int = 1):
+    def __init__(
+        self,
+        w1: Tensor,
+        b: Tensor,
+        w2: Tensor,
+        head: Tensor | None = None,
+        order: int = 1,
+    ):
         super().__init__()
         self.layers = nn.ModuleList(map(Layer, w1.clone(), b.clone(), w2.clone()))
         self.head = None if head is None else nn.Parameter(head.clone())
@@ -307,7 +314,9 @@ class Network(nn.Module):
         return self.states(x)[-1]
 
 
-def _uniform(shape, fan_in: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _uniform(
+    shape: Sequence[int], fan_in: int, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
     """What ``nn.Linear`` starts from."""
     bound = fan_in**-0.5
     return ((torch.rand(shape, generator=generator) * 2 - 1) * bound).to(dtype)
@@ -357,7 +366,7 @@ def inputs(config: ToyConfig, teacher: int, step: int, test: bool = False) -> Te
     return torch.randn(batch, config.width, generator=generator).to(getattr(torch, config.dtype))
 
 
-def targets(config: ToyConfig, last: Tensor, head, temperature: Any) -> tuple[Tensor, ...]:
+def targets(config: ToyConfig, last: Tensor, head: Any, temperature: Any) -> tuple[Tensor, ...]:
     """What students learn: the teacher's probabilities and their logs, or its normed state."""
     if config.loss == "mse":
         return (rms(last),)
@@ -365,7 +374,9 @@ def targets(config: ToyConfig, last: Tensor, head, temperature: Any) -> tuple[Te
     return logs.exp(), logs
 
 
-def losses(config: ToyConfig, last: Tensor, head, temperature: Any, target) -> Tensor:
+def losses(
+    config: ToyConfig, last: Tensor, head: Any, temperature: Any, target: Sequence[Tensor]
+) -> Tensor:
     """A student's loss given its last state ``(…, batch, width)``; one number a student."""
     if config.loss == "mse":
         return (rms(last) - target[0]).square().mean((-1, -2))

@@ -92,12 +92,14 @@ def probe(
             "the run that these weights come from"
         )
     x = torch.randn((count, config.width), generator=_runs.generator("measure"))
-    deep = Network(*teacher_weights(config, teacher, rho)[:3])
+    w1, b, w2, _ = teacher_weights(config, teacher, rho)
+    deep = Network(w1, b, w2)
     truth = torch.stack(deep.states(x)).double()
     goal = rms(truth[-1])
 
     def states(w: Sequence[Tensor]) -> Tensor:
-        return torch.stack(Network(*w, order=config.order).states(x)).double()
+        w1, b, w2 = w
+        return torch.stack(Network(w1, b, w2, order=config.order).states(x)).double()
 
     def error(last: Tensor) -> float:
         return float((rms(last) - goal).square().mean())
@@ -109,7 +111,7 @@ def probe(
     off = (rms(h) - rms(truth[at])).square().mean((1, 2)) / nothing
     line = h[0] + (h[-1] - h[0]) * torch.linspace(0, 1, depth + 1)[:, None, None]
     straight = (rms(line) - rms(truth[at])).square().mean((1, 2)) / nothing
-    profiles = {"off_path": off.tolist(), "straight_off_path": straight.tolist()}
+    profiles: dict[str, Any] = {"off_path": off.tolist(), "straight_off_path": straight.tolist()}
     numbers["off_path"] = float(off[1:-1].mean())
     numbers["straight_off_path"] = float(straight[1:-1].mean())
     if depth >= 2 and float((h[1:] - h[:-1]).abs().sum()) > 0:

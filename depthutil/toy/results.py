@@ -104,7 +104,9 @@ class ToyResult:
         weights = by_student(trainer) if students else {}
         return cls(trainer.config, table, trainer.seconds, weights, trainer.kernel)
 
-    def save(self, path: str | os.PathLike, scale: str | None = None, device=None) -> Path:
+    def save(
+        self, path: str | os.PathLike, scale: str | None = None, device: str | None = None
+    ) -> Path:
         """Write the losses to the archive, see :func:`depthutil.archive.save`."""
         return archive.save(
             self.losses,
@@ -153,7 +155,7 @@ def merge(results: Sequence[ToyResult]) -> ToyResult:
     for result in results:
         if replace(result.config, **{name: getattr(first, name) for name in axes}) != first:
             raise ValueError("results of runs whose settings differ in more than the grid")
-    grid = {
+    grid: dict[str, Any] = {
         name: tuple(sorted(set().union(*(getattr(r.config, name) for r in results))))
         for name in axes
     }

@@ -54,7 +54,12 @@ class SweepError(RuntimeError):
         What stopped a grid, by its place among them.
     """
 
-    def __init__(self, message: str, results: Sequence[ToyResult | None] = (), errors=None):
+    def __init__(
+        self,
+        message: str,
+        results: Sequence[ToyResult | None] = (),
+        errors: dict[int, Exception] | None = None,
+    ):
         super().__init__(message)
         self.results, self.errors = list(results), dict(errors or {})
 
@@ -142,7 +147,7 @@ def sweep(
     if errors:
         message = _what_failed(names, errors, folder)
         raise SweepError(message, results, errors) from next(iter(errors.values()))
-    return results
+    return [result for result in results if result is not None]  # which are all of them
 
 
 def _finished(

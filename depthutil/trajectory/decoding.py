@@ -10,8 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import _checks, _runs, models, stream
+from depthutil import _checks, _runs
 from depthutil.moments import Moments, tally
+from depthutil.stream import Anatomy, Stream, device_of, tensor, watched, with_hidden
 from depthutil.trajectory.passing import not_finite, pick
 from depthutil.trajectory.result import frame
 
@@ -62,14 +63,14 @@ def decode_early(
     >>> losses["layer"].tolist(), losses.attrs
     ([0, 1, 2], {'documents': 4, 'of': 6, 'tokens': 36})
     """
-    parts = models.anatomy(model)
+    live = Stream(model)
     documents = None if documents is None else _checks.count(documents, "documents")
-    batches = [stream.inputs_of(b, parts, mask, number) for number, b in enumerate(batches)]
+    batches = [live.inputs(b, mask, number) for number, b in enumerate(batches)]
     chosen, there = _spread(batches, documents)
-    moments = Moments(parts.depth + (0 if through_last else 1), joint=False)
+    moments = Moments(live.parts.depth + (0 if through_last else 1), joint=False)
     report = _runs.Progress(progress, len(chosen), of="batch")
     tokens = count = 0
-    with stream.evaluating(model):
+    with live.open():
         for number, (inputs, keep) in enumerate(chosen):
             ids, keep = inputs["input_ids"], keep.clone()
             keep[:, -1] = False
@@ -77,8 +78,8 @@ def decode_early(
                 keep[:, :-1] &= inputs["attention_mask"][:, 1:].bool().cpu()
             rows = keep.reshape(-1).nonzero().squeeze(1)
             if number == 0:
-                parts = stream.measured(model, inputs, parts, head=True)
-            losses = _losses(parts, inputs, rows, through_last)
+                live.measure(inputs, head=True)
+            losses = _losses(live, inputs, rows, through_last)
             _all_finite(losses, rows, ids.shape[1], number)
             inside = rows // ids.shape[1] == torch.arange(len(ids))[:, None]
             inside = inside.double()
@@ -120,21 +121,19 @@ def _spread(
     return result, there
 
 
-def _losses(
-    parts: models.Anatomy, inputs: dict[str, Tensor], rows: Tensor, through_last: bool
-) -> Tensor:
+def _losses(live: Stream, inputs: dict[str, Tensor], rows: Tensor, through_last: bool) -> Tensor:
     """Cross-entropies ``(tokens, layers)`` of the next token, decoded at every layer."""
-    states: list[Tensor] = []
+    parts, states = live.parts, list[Tensor]()
     last: dict[str, Any] = {}
 
-    def keep_arguments(module, args, kwargs, output):
+    def keep_arguments(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         last.update(args=args, kwargs=kwargs)
 
     before = [(block, states.append) for block in parts.blocks]
     after = [(parts.blocks[-1], states.append)]
-    with stream.watched(parts.blocks[-1:], keep_arguments), stream.hooked(before, after):
-        stream.forward(parts, inputs)
-    end, where = states[-1], stream.device_of(parts.blocks[-1])
+    with watched(parts.blocks[-1:], keep_arguments):
+        live.run(inputs, before, after)
+    end, where = states[-1], live.device
     args, kwargs = last["args"], last["kwargs"]
 
     def final(number: int) -> Tensor:
@@ -143,8 +142,8 @@ def _losses(
             return state
         if number == parts.depth - 1:  # the model's own last step
             return end
-        given, named = stream.with_hidden(args, kwargs, state.to(where))
-        return stream.tensor(parts.blocks[-1](*given, **named))
+        given, named = with_hidden(args, kwargs, state.to(where))
+        return tensor(parts.blocks[-1](*given, **named))
 
     targets = inputs["input_ids"].reshape(-1)[(rows + 1).clamp(max=inputs["input_ids"].numel() - 1)]
     columns = [
@@ -154,10 +153,10 @@ def _losses(
     return torch.stack(columns, 1)
 
 
-def _cross_entropy(parts: models.Anatomy, state: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(parts: Anatomy, state: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     losses = []
     size = max(1, 2**24 // parts.vocabulary)
-    norm_at = stream.device_of(parts.norm)
+    norm_at = device_of(parts.norm or parts.blocks[-1])
     for some, goal in zip(rows.split(size), targets.split(size), strict=True):
         logits = parts.logits(pick(state, some).to(norm_at))
         goal = goal.to(logits.device)

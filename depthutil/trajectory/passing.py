@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from depthutil import models, stream
 from depthutil.gram import ratio
+from depthutil.stream import Anatomy, Stream
 
 _STACK_BYTES = {"cpu": 4e6, "cuda": 256e6}  # of writes multiplied at a time: a cache, a GPU
 _GROUP = {"cpu": 512, "cuda": 4096}  # tokens whose Gram matrices are evaluated at a time
@@ -23,7 +22,7 @@ class Buffers:
     such cost, and there outputs are kept as they are.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.slots: list[Tensor] = []
         self.used = 0
 
@@ -42,17 +41,15 @@ class Buffers:
 class Trace:
     """What passed through the hooks in one forward pass."""
 
-    def __init__(self, parts: models.Anatomy):
-        self.start: Tensor | None = None
-        self.after: Tensor | None = None
-        self.read: list[Tensor | None] = [None] * parts.depth  # blocks' inputs, where needed
+    def __init__(self, parts: Anatomy):
+        self.start = self.after = torch.zeros(0)
+        self.read = [torch.zeros(0)] * parts.depth  # blocks' inputs, where needed
         self.written: list[list[Tensor]] = [[] for _ in parts.blocks]
 
 
-@contextmanager
-def watching(parts: models.Anatomy, buffers: Buffers | None = None) -> Iterator[Trace]:
-    """Hooks on all that writes."""
-    trace = Trace(parts)
+def trace_of(live: Stream, inputs: dict[str, Tensor], buffers: Buffers | None = None) -> Trace:
+    """Run a batch, and keep all that is written."""
+    parts, trace = live.parts, Trace(live.parts)
     buffers = Buffers() if buffers is None else buffers
     buffers.used, keep = 0, buffers.keep
 
@@ -63,6 +60,7 @@ def watching(parts: models.Anatomy, buffers: Buffers | None = None) -> Iterator[
             return lambda h: trace.read.__setitem__(number, keep(h))
         return lambda h: trace.written[number].append(keep(h))
 
+    assert parts.norm is not None  # or the model had been refused when it was measured
     before = [(parts.blocks[0], store("start"))]
     after = [(parts.norm, store("after"))]
     for number, block in enumerate(parts.blocks):
@@ -71,8 +69,8 @@ def watching(parts: models.Anatomy, buffers: Buffers | None = None) -> Iterator[
             before.append((block, store("read", number)))
         modules = [write.module for write in writes] or [block]
         after += [(module, store("written", number)) for module in modules]
-    with stream.hooked(before, after):
-        yield trace
+    live.run(inputs, before, after)
+    return trace
 
 
 def pick(states: Tensor, rows: Tensor | slice) -> Tensor:
@@ -84,7 +82,7 @@ def pick(states: Tensor, rows: Tensor | slice) -> Tensor:
 class Writes:
     """The stream's start and writes of some tokens, in double precision."""
 
-    def __init__(self, parts: models.Anatomy, trace: Trace, sublayers: bool, device: torch.device):
+    def __init__(self, parts: Anatomy, trace: Trace, sublayers: bool, device: torch.device):
         self.parts, self.trace, self.sublayers, self.device = parts, trace, sublayers, device
         self.rows = 1 + parts.depth * (2 if sublayers else 1)
 
@@ -145,7 +143,7 @@ def gram_matrices(
             some = rows[start : min(start + size, begin + group)]
             filled = stack.fill(buffer[: len(some)], _as_slice(some))
             grams.append(filled @ filled.transpose(1, 2))
-            if null:
+            if other is not None:
                 theirs = partners[start : start + len(some)]
                 theirs = stack.fill(other[: len(some)], theirs, after=False)
                 nulls.append(_across_tokens(filled, theirs, stack))

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from depthutil import _checks, _runs, archive, models, stream
-from depthutil.trajectory.passing import Buffers, Writes, gram_matrices, not_finite, watching
+from depthutil import _checks, _runs, archive
+from depthutil.stream import Stream, fingerprint
+from depthutil.trajectory.passing import Buffers, Writes, gram_matrices, not_finite, trace_of
 from depthutil.trajectory.result import Trajectory, result_of
 from depthutil.trajectory.sums import Sums, read, settings_of
 
@@ -42,7 +43,7 @@ def record(
     Parameters
     ----------
     model : torch.nn.Module
-        A causal language model, see :func:`depthutil.models.anatomy`. Run in evaluation mode.
+        A causal language model, see :func:`depthutil.stream.anatomy`. Run in evaluation mode.
     batches : iterable
         Token ids ``(documents, positions)``, or mappings with ``input_ids`` and, where
         documents are filled up, ``attention_mask``; :func:`depthutil.models.batches` makes
@@ -97,26 +98,27 @@ def record(
     >>> recorded.angles().columns.tolist(), len(recorded.angles())
     (['layer', 'mean', 'stderr', 'std'], 4)
     """
-    parts = models.anatomy(model)
+    live = Stream(model)
     _checks.word(writes, ("block", "sublayer"), "writes")
-    name = _name(model)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-    device = product_device(parts) if device is None else torch.device(device)
-    total = len(batches) if hasattr(batches, "__len__") else None
-    sums, digest, reached, identity, done = None, "", "", "", 0
-    buffers, report, width = Buffers(), None, parts.width
+    device = product_device(live) if device is None else torch.device(device)
+    total = len(batches) if isinstance(batches, Sized) else None
+    sums: Sums | None = None
+    digest = reached = identity = ""
+    buffers, width, done = Buffers(), live.parts.width, 0
+    report = _runs.Progress(progress, total, of="batch")
     number, saved = -1, time.perf_counter()
-    with stream.evaluating(model):
+    with live.open():
         for number, batch in enumerate(batches):
-            inputs, keep = stream.inputs_of(batch, parts, mask, number)
+            inputs, keep = live.inputs(batch, mask, number)
             if sums is None:
-                parts = _measured(model, parts, inputs, writes)
+                _measure(live, inputs, writes)
                 settings = settings_of(
-                    parts.depth,
+                    live.parts.depth,
                     writes == "sublayer",
-                    parts.parallel,
+                    live.parts.parallel,
                     normed=True,
                     null=null,
                     sample=sample,
@@ -124,17 +126,17 @@ def record(
                 )
                 sums = Sums(settings)
                 if path is not None:
-                    identity = stream.fingerprint(model, settings)
+                    identity = fingerprint(model, settings)
                     if path.exists():
                         done, reached = _resume(path, identity, sums)
-                report = _runs.Progress(progress, total, done, of="batch")
+                        report = _runs.Progress(progress, total, done, of="batch")
             if path is not None:
-                digest = stream.fingerprint(digest, inputs, keep)
+                digest = fingerprint(digest, inputs, keep)
             if number < done:
                 if number == done - 1 and digest != reached:
                     raise ValueError(f"{path} is the checkpoint of a recording of other text")
                 continue
-            width = _one_batch(parts, inputs, keep, sums, device, number, buffers)
+            width = _one_batch(live, inputs, keep, sums, device, number, buffers)
             report(number + 1, f"{sums.tokens:,} tokens")
             if path is not None and time.perf_counter() - saved >= checkpoint_seconds:
                 _save(path, identity, digest, sums)
@@ -145,35 +147,31 @@ def record(
         raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
     if path is not None and sums.batches > done:
         _save(path, identity, digest, sums)
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
     return result_of(sums, name, width)
 
 
-def _measured(
-    model: nn.Module, parts: models.Anatomy, inputs: dict[str, Tensor], writes: str
-) -> models.Anatomy:
-    """The parts as they are found on a batch, if such writes can be recorded of them."""
-    parts = stream.measured(model, inputs, parts, head=False)
-    name = f"{type(model).__name__} ({parts.family})"
+def _measure(live: Stream, inputs: dict[str, Tensor], writes: str) -> None:
+    """Find out on a batch what the parts are, and whether such writes can be recorded of them."""
+    live.measure(inputs)
+    parts = live.parts
     if writes == "sublayer" and not (parts.sublayers and parts.parallel is not None):
         raise ValueError(
-            f"attention and MLP of {name} cannot be told apart: no two modules of each block were "
-            "found whose outputs are what it adds, one after the other or both at once; record "
-            "writes='block'"
+            f"attention and MLP of {live.name} cannot be told apart: no two modules of each block "
+            "were found whose outputs are what it adds, one after the other or both at once; "
+            "record writes='block'"
         )
-    if parts.writes is None:
-        parameter = next(model.parameters(), None)
-        if parameter is not None and torch.finfo(parameter.dtype).bits == 16:
-            warnings.warn(
-                f"what blocks of {name} add was found only as a difference of states, which in "
-                f"{parameter.dtype} has few digits where the stream is large: load the model with "
-                "dtype='float32' for exact small writes",
-                stacklevel=3,
-            )
-    return parts
+    if parts.writes is None and live.dtype is not None and torch.finfo(live.dtype).bits == 16:
+        warnings.warn(
+            f"what blocks of {live.name} add was found only as a difference of states, which in "
+            f"{live.dtype} has few digits where the stream is large: load the model with "
+            "dtype='float32' for exact small writes",
+            stacklevel=3,
+        )
 
 
 def _one_batch(
-    parts: models.Anatomy,
+    live: Stream,
     inputs: dict[str, Tensor],
     keep: Tensor,
     sums: Sums,
@@ -185,10 +183,9 @@ def _one_batch(
     rows = keep.reshape(-1).nonzero().squeeze(1)
     ids = inputs["input_ids"]
     document, position = rows // ids.shape[1], rows % ids.shape[1]
-    with watching(parts, buffers) as trace:
-        stream.forward(parts, inputs)
+    trace = trace_of(live, inputs, buffers)
     width = trace.start.shape[-1]
-    stack = Writes(parts, trace, sums.settings["sublayers"], device)
+    stack = Writes(live.parts, trace, sums.settings["sublayers"], device)
     groups = gram_matrices(stack, rows, width, sums.settings["null"])
     groups = _finite(groups, document, position, number, device)
     some = (tensor.to(device) for tensor in (document, position, ids.reshape(-1)[rows]))
@@ -196,7 +193,13 @@ def _one_batch(
     return width
 
 
-def _finite(groups, document, position, number, device):
+def _finite(
+    groups: Iterable[tuple[Tensor, Tensor | None]],
+    document: Tensor,
+    position: Tensor,
+    number: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Groups as they come, unless one holds a state that is no number."""
     start = 0
     for gram, null in groups:
@@ -209,14 +212,9 @@ def _finite(groups, document, position, number, device):
         yield gram, null
 
 
-def product_device(parts: models.Anatomy) -> torch.device:
-    device = stream.device_of(parts.blocks[-1])
-    # Apple's GPUs have no double precision.
-    return torch.device("cpu") if device.type == "mps" else device
-
-
-def _name(model: nn.Module) -> str:
-    return getattr(model.config, "name_or_path", "") or type(model).__name__
+def product_device(live: Stream) -> torch.device:
+    """Where products are taken: Apple's GPUs have no double precision."""
+    return torch.device("cpu") if live.device.type == "mps" else live.device
 
 
 def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
@@ -247,22 +245,22 @@ def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
     >>> writes_of(model, torch.tensor([[1, 2, 3]]), "sublayer").shape
     torch.Size([7, 1, 3, 4])
     """
-    parts = models.anatomy(model)
+    live = Stream(model)
     _checks.word(writes, ("block", "sublayer"), "writes")
-    inputs, _ = stream.inputs_of(batch, parts, "all")
+    inputs, _ = live.inputs(batch)
     rows = torch.arange(inputs["input_ids"].numel())
-    with stream.evaluating(model):
-        parts = _measured(model, parts, inputs, writes)
-        with watching(parts) as trace:
-            stream.forward(parts, inputs)
-        stack = Writes(parts, trace, writes == "sublayer", product_device(parts))
+    with live.open():
+        _measure(live, inputs, writes)
+        trace = trace_of(live, inputs)
+        stack = Writes(live.parts, trace, writes == "sublayer", product_device(live))
         out = stack.fill(stack.empty(len(rows), trace.start.shape[-1]), slice(None), after=False)
     return out[:, : stack.rows].transpose(0, 1).unflatten(1, inputs["input_ids"].shape)
 
 
 def _save(path: Path, identity: str, digest: str, sums: Sums) -> None:
     with archive.replacing(path) as partial, partial.open("wb") as file:
-        np.savez(file, identity=identity, digest=digest, **sums.state())
+        arrays: dict[str, Any] = {"identity": identity, "digest": digest, **sums.state()}
+        np.savez(file, **arrays)
 
 
 def _resume(path: Path, identity: str, sums: Sums) -> tuple[int, str]:

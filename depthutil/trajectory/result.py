@@ -172,7 +172,8 @@ class Trajectory:
         path = Path(path)
         about = {"name": self.name, "width": self.width, "settings": self._sums.settings}
         with archive.replacing(path) as partial, partial.open("wb") as file:
-            np.savez_compressed(file, trajectory=json.dumps(about), **self._sums.state())
+            arrays: dict[str, Any] = self._sums.state() | {"trajectory": json.dumps(about)}
+            np.savez_compressed(file, **arrays)
         return path
 
     @classmethod

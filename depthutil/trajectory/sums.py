@@ -25,7 +25,7 @@ class Sums:
         self.settings = settings  # depth, sublayers, parallel, normed, null, sample, per_token
         self.tokens = self.documents = self.batches = 0
         self.layout: dict[str, tuple[int, int]] = {}
-        self.vectors = self.pairs = None
+        self.vectors = self.pairs = Moments(0, joint=False)  # until the first tokens are seen
         rows = 1 + settings["depth"] * (2 if settings["sublayers"] else 1)
         self.gram = np.zeros((rows, rows))
         self.priority, self.sampled = np.zeros(0), np.zeros((0, rows, rows))
@@ -64,8 +64,8 @@ class Sums:
             totals = new if totals is None else [a + b for a, b in zip(totals, new, strict=True)]
             hit = (chosen >= start) & (chosen < stop)
             picked = torch.as_tensor(chosen[hit] - start, device=device)
-            picked = gram[picked, : len(self.gram), : len(self.gram)].cpu().numpy()
-            self.sampled = np.concatenate([self.sampled, picked])
+            picked = gram[picked, : len(self.gram), : len(self.gram)]
+            self.sampled = np.concatenate([self.sampled, picked.cpu().numpy()])
             if self.settings["per_token"]:
                 for name in PER_TOKEN:
                     array = values[name].to(torch.float32).cpu().numpy()
@@ -74,8 +74,8 @@ class Sums:
         self.batches += 1
         if totals is None:
             return
-        gram, *sums = (total.cpu().numpy() for total in totals)
-        self.gram += gram
+        whole, *sums = (total.cpu().numpy() for total in totals)
+        self.gram += whole
         self.vectors.add(*sums[:3])
         self.pairs.add(*sums[3:])
         self._keep_sample(names, chosen, priority, position.cpu().numpy())
@@ -90,7 +90,7 @@ class Sums:
 
     def _prepare(self, values: dict[str, Tensor], parts: list[Tensor]) -> None:
         """On the first tokens: the layout, and numbers near the means, subtracted from all."""
-        if self.vectors is not None:
+        if self.layout:
             return
         ends = np.cumsum([value.shape[1] for value in values.values()])
         starts = [0, *ends[:-1]]
@@ -115,7 +115,13 @@ class Sums:
         enters = (counts > 0) & (priority < limit)
         return names[enters], chosen[enters], priority[enters]
 
-    def _keep_sample(self, names, chosen, priority, position) -> None:
+    def _keep_sample(
+        self,
+        names: np.ndarray,
+        chosen: np.ndarray,
+        priority: np.ndarray,
+        position: np.ndarray,
+    ) -> None:
         self.priority = np.concatenate([self.priority, priority])
         new = np.stack([names, position[chosen]], axis=1).astype(np.int64)
         self.sampled_from = np.concatenate([self.sampled_from, new])
@@ -130,7 +136,7 @@ class Sums:
         arrays = {n: getattr(self, n) for n in ("gram", "priority", "sampled", "sampled_from")}
         for part in ("vectors", "pairs"):
             moments = getattr(self, part)
-            if moments is not None:
+            if self.layout:
                 arrays |= {f"{part}.{name}": getattr(moments, name) for name in Moments.names}
         arrays |= {f"kept.{name}": np.concatenate(parts) for name, parts in self.kept.items()}
         counts = {n: getattr(self, n) for n in ("tokens", "documents", "batches", "layout")}
@@ -143,7 +149,7 @@ class Sums:
             setattr(self, name, arrays[name])
         for name, value in json.loads(str(arrays["counts"])).items():
             setattr(self, name, value)
-        self.layout = {name: tuple(ends) for name, ends in self.layout.items()}
+        self.layout = {name: (start, stop) for name, (start, stop) in self.layout.items()}
         for part, joint in (("vectors", True), ("pairs", False)):
             if f"{part}.n" in arrays:
                 moments = Moments(len(arrays[f"{part}.n"]), joint)
