@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize, stats
 
-from depthutil import _solver, scaling
+from depthutil import scaling
+from depthutil.scaling import solver
 
 NAMES = ["c_width", "c_depth", "c_data", "alpha_width", "alpha_depth", "alpha_data", "L0"]
 
@@ -115,26 +116,26 @@ def test_jacobian_and_curvature_match_finite_differences(runs, exact):
     theta = theta * np.linspace(0.9, 1.1, 7)
 
     def objective(t, delta=np.inf):
-        changed = _solver.Problem(problem.z, problem.centre, problem.fixed, delta)
-        return _solver.evaluate(changed, t[None], y, w)[-1][0] / 2
+        changed = solver.Problem(problem.z, problem.centre, problem.fixed, delta)
+        return solver.evaluate(changed, t[None], y, w)[-1][0] / 2
 
     def log_prediction(t):
-        return np.log(_solver.evaluate(problem, t[None], y, w)[2][0])
+        return np.log(solver.evaluate(problem, t[None], y, w)[2][0])
 
-    state = _solver.evaluate(problem, theta[None], y, w)
-    slopes = _solver.jacobian(problem, *state[:3])[0]
+    state = solver.evaluate(problem, theta[None], y, w)
+    slopes = solver.jacobian(problem, *state[:3])[0]
     numeric = optimize.approx_fprime(theta, log_prediction, 1e-7)
     np.testing.assert_allclose(slopes, numeric.T, atol=1e-6)
 
     for delta in (np.inf, 0.01):
-        changed = _solver.Problem(problem.z, problem.centre, problem.fixed, delta)
+        changed = solver.Problem(problem.z, problem.centre, problem.fixed, delta)
 
         def gradient(t, problem=changed):
-            parts = _solver.evaluate(problem, t[None], y, w)[:4]
-            return _solver.curvature(problem, *parts, w, np.array([True]))[0][0]
+            parts = solver.evaluate(problem, t[None], y, w)[:4]
+            return solver.curvature(problem, *parts, w, np.array([True]))[0][0]
 
-        parts = _solver.evaluate(changed, theta[None], y, w)[:4]
-        g, hessian, _ = _solver.curvature(changed, *parts, w, np.array([True]))
+        parts = solver.evaluate(changed, theta[None], y, w)[:4]
+        g, hessian, _ = solver.curvature(changed, *parts, w, np.array([True]))
         central = optimize.approx_fprime(theta, lambda t, d=delta: objective(t, d), 1e-7)
         np.testing.assert_allclose(g[0], central, rtol=1e-4, atol=1e-3)
         numeric = optimize.approx_fprime(theta, gradient, 1e-8)
@@ -197,7 +198,7 @@ def test_fit_many_is_fit_many_times(runs, exact):
 
 def test_each_bootstrap_draw_reaches_its_own_minimum(runs, exact):
     draws = exact.bootstrap(30, seed=3)
-    weights = scaling._resample(len(runs), 30, 3)
+    weights = scaling.fits.resampled(len(runs), 30, 3)
     y = np.log(runs["loss"].to_numpy())
     for i in range(0, 30, 3):
         r = np.log(scaling.predict(draws.iloc[i], runs).to_numpy()) - y
@@ -286,7 +287,7 @@ def test_huber_matches_scipy_and_shrugs_off_outliers():
     problem, y, theta = robust._parts()
 
     def residual(t):
-        return _solver.evaluate(problem, t[None], y, np.ones((1, 100)))[3][0]
+        return solver.evaluate(problem, t[None], y, np.ones((1, 100)))[3][0]
 
     found = optimize.least_squares(
         residual, theta, loss="huber", f_scale=0.003, x_scale=theta, xtol=1e-15, ftol=1e-15

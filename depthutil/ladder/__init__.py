@@ -29,7 +29,7 @@ from depthutil.corpus import (
     held_out,
     write_tokenizer,
 )
-from depthutil.ladder.family import assemble, curves, documents, members
+from depthutil.ladder.family import assemble, curves, documents, losses, members
 from depthutil.ladder.model import LadderModel
 from depthutil.ladder.recipe import LadderConfig, Shard, shards, slug
 from depthutil.ladder.training import best_rate, train
@@ -48,6 +48,7 @@ __all__ = [
     "curves",
     "documents",
     "held_out",
+    "losses",
     "members",
     "shards",
     "slug",

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from depthutil import archive, models
+from depthutil import _checks, archive, models
 from depthutil.corpus import Corpus
 from depthutil.ladder.model import LadderModel
+from depthutil.scaling import DepthFamily
 
 _NONE = "there is no depth ladder here yet: make ladder trains it"
 
@@ -142,6 +144,39 @@ def documents(label: str = "") -> archive.Archived:
         If no ladder was trained.
     """
     return _archived("results/ladder_documents", label)
+
+
+def losses(label: str = "", draws: int = 1000, seed: int = 0) -> DepthFamily:
+    """Final losses of the ladder's models, and on how many documents they can be relied.
+
+    Parameters
+    ----------
+    label : str
+        As in :func:`curves`.
+    draws : int
+        Bootstrap samples of the held-out documents, the same documents for all models.
+    seed : int
+        Of the samples.
+
+    Returns
+    -------
+    depthutil.scaling.DepthFamily
+        Models in the order of seed and depth; losses in nats per byte.
+
+    Raises
+    ------
+    FileNotFoundError
+        If no ladder was trained.
+    """
+    frame = documents(label).frame
+    loss = frame.pivot(index="document", columns=["seed", "depth"], values="loss")
+    loss = loss.sort_index(axis=1)
+    size = frame.groupby("document")["bytes"].first().loc[loss.index].to_numpy(float)
+    n, rng = len(size), np.random.default_rng(seed)
+    drawn = rng.multinomial(n, np.full(n, 1 / n), _checks.count(draws, "draws"))
+    weights = np.vstack([np.ones(n), drawn]) * size
+    means = weights @ loss.to_numpy() / weights.sum(axis=1, keepdims=True)
+    return DepthFamily(loss.columns.to_frame(index=False).assign(loss=means[0]), means[1:])
 
 
 def _archived(name: str, label: str = "") -> archive.Archived:

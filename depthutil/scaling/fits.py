@@ -1,204 +1,49 @@
-"""The law of loss against width, depth and data: fitted exactly, then questioned.
-
-``load_chinchilla``      245 published training runs
-``drop_highest``         leave out the runs of highest loss
-``fit``                  the exact minimum, as a :class:`ScalingFit`
-``fit_many``             the same law for many sets of losses at once
-``terms``, ``predict``   the law read forwards
-``compare``              laws side by side: AIC, BIC, held-out error
-``optimal_shape``        the best width and depth for a number of parameters
-``adam_path``            the same objective by a fixed number of Adam steps
-
-A law is a sum of falling power laws and a floor,
-``L = c_width/width**alpha_width + c_depth/depth**alpha_depth + ... + L0``,
-with coefficients and floor at least 0. It is fitted to the logarithm of the
-loss by least squares. The law of width, depth and data, and the question what
-it says about depth, are those of Liu et al. (arXiv 2602.05970, Figure 2f and
-appendix B); the law in parameters and data is that of Hoffmann et al. (arXiv
-2203.15556, section 3.3). This module needs numpy, scipy and pandas, not torch.
-"""
+"""Fit a law exactly, and question the fit: intervals, resamples, held-out runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from depthutil import _checks, _solver
-from depthutil._solver import ALPHA_MAX
-
-#: The laws that :func:`fit` knows, by the quantities whose power laws they add.
-LAWS = {
-    "width-depth-data": ("width", "depth", "data"),
-    "params-data": ("params", "data"),
-    "depth-data": ("depth", "data"),
-    "depth": ("depth",),
-}
+from depthutil import _checks
+from depthutil.scaling import solver
+from depthutil.scaling.laws import LAWS, column, inputs_of, log_losses, names_of, predict
+from depthutil.scaling.solver import ALPHA_MAX
 
 
-# --------------------------------------------------------------------- runs
-
-
-def load_chinchilla() -> pd.DataFrame:
-    """The 245 training runs of Hoffmann et al. (2022), as read from the literature.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row a run: ``width`` (hidden size), ``depth`` (layers), ``params``
-        (parameters), ``tokens`` (training tokens) and ``loss`` (nats per token).
-        Losses and sizes were read from Figure 4 of arXiv 2203.15556 by Besiroglu
-        et al. (arXiv 2404.10102); shapes are from its Table A9.
-
-    Examples
-    --------
-    >>> load_chinchilla().shape
-    (245, 5)
-    """
-    with resources.files("depthutil").joinpath("data/chinchilla_runs.csv").open() as file:
-        return pd.read_csv(file)
-
-
-def drop_highest(runs: pd.DataFrame, count: int = 40) -> pd.DataFrame:
-    """Keep the runs whose loss is below the ``count``-th largest.
-
-    Runs that tie with the ``count``-th largest go too. Of the Chinchilla runs, the
-    default leaves out 42, because three share the 40th largest loss, and keeps the
-    203 that Liu et al. (arXiv 2602.05970, appendix B) fitted.
-
-    Examples
-    --------
-    >>> len(drop_highest(load_chinchilla(), 40))
-    203
-    """
-    _checks.columns(runs, ("loss",))
-    if not 0 <= count < len(runs):
-        raise ValueError(
-            f"count must be from 0 to {len(runs) - 1} for {len(runs)} runs, not {count}"
-        )
-    if count == 0:
-        return runs.copy()
-    return runs[runs["loss"] < runs["loss"].nlargest(count).iloc[-1]]
-
-
-def _column(quantity: str) -> str:
-    return "tokens" if quantity == "data" else quantity
-
-
-def _names(law: str) -> list[str]:
-    parts = LAWS[law]
-    return [f"c_{part}" for part in parts] + [f"alpha_{part}" for part in parts] + ["L0"]
-
-
-def _law_of(params: pd.Series) -> str:
-    for law in LAWS:
-        if list(params.index) == _names(law):
-            return law
-    raise ValueError(f"no law has the parameters {list(params.index)}; the laws are {list(LAWS)}")
-
-
-def _inputs(runs: pd.DataFrame, law: str, depth_offset: float) -> np.ndarray:
-    """Logarithms of the law's inputs, (terms, runs), after checking them."""
-    _checks.word(law, LAWS, "law")
-    _checks.columns(runs, map(_column, LAWS[law]))
-    _checks.number(depth_offset, "depth_offset")
-    if depth_offset and len(runs) and not depth_offset < runs["depth"].min():
-        raise ValueError(
-            f"depth_offset must be below the smallest depth, {runs['depth'].min()}, "
-            f"not {depth_offset}"
-        )
-    shift = {"depth": depth_offset}
-    columns = {part: _checks.real(runs[_column(part)], part) for part in LAWS[law]}
-    return np.log([column - shift.get(part, 0) for part, column in columns.items()])
-
-
-def _log_losses(runs: pd.DataFrame) -> np.ndarray:
-    _checks.columns(runs, ("loss",))
-    return np.log(_checks.real(runs["loss"], "loss"))
-
-
-# ------------------------------------------------------------------ the law
-
-
-def terms(params: pd.Series, runs: pd.DataFrame, *, depth_offset: float = 0) -> pd.DataFrame:
-    """What each term of the law contributes to the loss of each run.
-
-    Parameters
-    ----------
-    params : pandas.Series
-        As ``ScalingFit.params``; its names say which law it is.
-    runs : pandas.DataFrame
-        Rows with the law's inputs (``width``, ``depth``, ``params``, ``tokens``).
-    depth_offset : float
-        Layers that do not count: the law is read at ``depth - depth_offset``.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Nats per token, a column for each quantity of the law and one for ``L0``.
-
-    Examples
-    --------
-    >>> law = pd.Series({"c_depth": 2.0, "alpha_depth": 1.0, "L0": 1.5})
-    >>> terms(law, pd.DataFrame({"depth": [1, 2, 4]}))
-       depth   L0
-    0    2.0  1.5
-    1    1.0  1.5
-    2    0.5  1.5
-    """
-    law = _law_of(params)
-    absent = params.index[~np.isfinite(_checks.real(params, "params"))]
-    if len(absent):
-        raise ValueError(f"params hold no finite number for {absent[0]}: fit or fix it")
-    x = _inputs(runs, law, depth_offset)
-    parts = {
-        part: params[f"c_{part}"] * np.exp(-params[f"alpha_{part}"] * x[k])
-        for k, part in enumerate(LAWS[law])
-    }
-    return pd.DataFrame(parts | {"L0": params["L0"]}, index=runs.index)
-
-
-def predict(params: pd.Series, runs: pd.DataFrame, *, depth_offset: float = 0) -> pd.Series:
-    """The law's loss for each run, in nats per token: the sum of :func:`terms`.
-
-    Examples
-    --------
-    >>> law = pd.Series({"c_depth": 2.0, "alpha_depth": 1.0, "L0": 1.5})
-    >>> predict(law, pd.DataFrame({"depth": [1, 2, 4]})).tolist()
-    [3.5, 2.5, 2.0]
-    """
-    return terms(params, runs, depth_offset=depth_offset).sum(axis=1).rename("loss")
-
-
-# ------------------------------------------------------------------ fitting
+def level_of(level: float) -> float:
+    """A confidence level, between 0 and 1."""
+    if not 0 < _checks.number(level, "level", low=0, high=1) < 1:
+        raise ValueError(f"level lies between 0 and 1, such as 0.95, and is not {level!r}")
+    return float(level)
 
 
 def _problem(
     x: np.ndarray, law: str, fixed: Mapping[str, float], huber_delta: float | None
-) -> _solver.Problem:
-    values = np.array([float(fixed.get(name, np.nan)) for name in _names(law)])
+) -> solver.Problem:
+    values = np.array([float(fixed.get(name, np.nan)) for name in names_of(law)])
     centre = np.where(np.isnan(values[: len(x)]), x.mean(axis=1), 0.0)
     delta = np.inf if huber_delta is None else float(huber_delta)
-    return _solver.Problem(x - centre[:, None], centre, values, delta)
+    return solver.Problem(x - centre[:, None], centre, values, delta)
 
 
-def _check_fit(
+def check_fit(
     runs: pd.DataFrame,
     law: str,
     depth_offset: float,
     fixed: Mapping[str, float] | None,
     huber_delta: float | None,
 ) -> tuple[np.ndarray, dict]:
-    x = _inputs(runs, law, depth_offset)
+    x = inputs_of(runs, law, depth_offset)
     fixed = dict(fixed or {})
     for name, number in fixed.items():
-        if name not in _names(law):
-            raise ValueError(f"fixed names {name!r}; law {law!r} has {_names(law)}")
+        if name not in names_of(law):
+            raise ValueError(f"fixed names {name!r}; law {law!r} has {names_of(law)}")
         _checks.number(number, f"fixed[{name!r}]", low=0)
         if name.startswith("alpha_") and number > ALPHA_MAX:
             raise ValueError(f"fixed[{name!r}] must be at most {ALPHA_MAX:g}, not {number}")
@@ -206,7 +51,7 @@ def _check_fit(
         raise ValueError(f"law {law!r} has no depth, so depth_offset={depth_offset} has no meaning")
     if huber_delta is not None:  # for least squares
         _checks.number(huber_delta, "huber_delta", low=0, above=True)
-    free = len(_names(law)) - len(fixed)
+    free = len(names_of(law)) - len(fixed)
     different = len(np.unique(x, axis=1).T)
     if min(len(runs), different) < max(free, 1):
         raise ValueError(
@@ -218,14 +63,14 @@ def _check_fit(
     for part, row in zip(LAWS[law], x, strict=True):
         if np.ptp(row) == 0 and not {f"c_{part}", f"alpha_{part}"} <= fixed.keys():
             raise ValueError(
-                f"{_column(part)} is {runs[_column(part)].iloc[0]} in every run, so its term "
+                f"{column(part)} is {runs[column(part)].iloc[0]} in every run, so its term "
                 f"cannot be told from L0: vary it, choose a law without it, or fix "
                 f"c_{part} and alpha_{part}"
             )
         needed = 1 + len({f"c_{part}", f"alpha_{part}"} - fixed.keys()) - ("L0" in fixed)
         if len(np.unique(row)) < needed:
             raise ValueError(
-                f"{_column(part)} takes {len(np.unique(row))} values, and its coefficient and "
+                f"{column(part)} takes {len(np.unique(row))} values, and its coefficient and "
                 f"exponent need {needed} beside a floor: bring others, or fix c_{part} or "
                 f"alpha_{part}"
             )
@@ -275,15 +120,15 @@ def fit(
     >>> fit(runs, law="depth").params.round(4).to_dict()
     {'c_depth': 2.0, 'alpha_depth': 1.0, 'L0': 1.5}
     """
-    x, fixed = _check_fit(runs, law, depth_offset, fixed, huber_delta)
-    problem, y = _problem(x, law, fixed, huber_delta), _log_losses(runs)
-    theta, value = _solver.search_wide(problem, y)
-    names = _names(law)
+    x, fixed = check_fit(runs, law, depth_offset, fixed, huber_delta)
+    problem, y = _problem(x, law, fixed, huber_delta), log_losses(runs)
+    theta, value = solver.search_wide(problem, y)
+    names = names_of(law)
     return ScalingFit(
         law=law,
         runs=runs,
-        params=pd.Series(_solver.natural(problem, theta), index=names, name="estimate"),
-        cov=pd.DataFrame(_solver.covariance(problem, theta, y), index=names, columns=names),
+        params=pd.Series(solver.natural(problem, theta), index=names, name="estimate"),
+        cov=pd.DataFrame(solver.covariance(problem, theta, y), index=names, columns=names),
         objective=100 * value / len(y),
         depth_offset=depth_offset,
         fixed=fixed,
@@ -322,15 +167,15 @@ def fit_many(
     >>> fit_many(runs, losses, law="depth")["c_depth"].round(4).tolist()
     [2.0, 3.0]
     """
-    x, fixed = _check_fit(runs, law, depth_offset, fixed, None)
+    x, fixed = check_fit(runs, law, depth_offset, fixed, None)
     losses = _checks.real(losses, "losses")
     if losses.ndim != 2 or losses.shape[1] != len(runs):
         raise ValueError(f"losses must have shape (sets, {len(runs)}), not {losses.shape}")
     if not (np.isfinite(losses) & (losses > 0)).all():
         raise ValueError("losses must all be finite and above 0")
     problem = _problem(x, law, fixed, None)
-    theta, value = _solver.search(problem, np.log(losses), np.ones(losses.shape), starts=3)
-    table = pd.DataFrame(_solver.natural(problem, theta), columns=_names(law))
+    theta, value = solver.search(problem, np.log(losses), np.ones(losses.shape), starts=3)
+    table = pd.DataFrame(solver.natural(problem, theta), columns=names_of(law))
     return table.assign(objective=100 * value / len(runs))
 
 
@@ -435,7 +280,7 @@ class ScalingFit:
 
     def residuals(self) -> pd.Series:
         """Log of observed over predicted loss: near 0, the relative error."""
-        residuals = _log_losses(self.runs) - np.log(self.predict().to_numpy())
+        residuals = log_losses(self.runs) - np.log(self.predict().to_numpy())
         return pd.Series(residuals, index=self.runs.index, name="residual")
 
     def refit(self, runs: pd.DataFrame | None = None, **changes: Any) -> ScalingFit:
@@ -443,6 +288,7 @@ class ScalingFit:
 
         Examples
         --------
+        >>> from depthutil.scaling import drop_highest, load_chinchilla
         >>> exact = fit(drop_highest(load_chinchilla()))
         >>> bool(exact.refit(fixed={"alpha_depth": 1.0}).objective > exact.objective)
         True
@@ -460,6 +306,7 @@ class ScalingFit:
 
         Examples
         --------
+        >>> from depthutil.scaling import drop_highest, load_chinchilla
         >>> print(fit(drop_highest(load_chinchilla()), law="params-data").summary())
         L = c_params/params^alpha_params + c_data/tokens^alpha_data + L0
         203 runs, 5 free parameters, objective 0.0029343
@@ -480,7 +327,7 @@ class ScalingFit:
             ),
             f"{'':<12}{'estimate':>10}{'std. error':>13}{f'{100 * level:g} % interval':>21}",
         ]
-        quantile = stats.t.ppf(0.5 + _level(level) / 2, max(len(self.runs) - self.n_free, 1))
+        quantile = stats.t.ppf(0.5 + level_of(level) / 2, max(len(self.runs) - self.n_free, 1))
         for name, estimate in self.params.items():
             if name in self.fixed:
                 lines.append(f"{name:<12}{estimate:>10.4g}{'fixed':>13}")
@@ -492,19 +339,19 @@ class ScalingFit:
 
     def _symbol(self, part: str) -> str:
         shifted = part == "depth" and self.depth_offset
-        return f"(depth - {self.depth_offset:g})" if shifted else _column(part)
+        return f"(depth - {self.depth_offset:g})" if shifted else column(part)
 
-    def _parts(self) -> tuple[_solver.Problem, np.ndarray, np.ndarray]:
-        x = _inputs(self.runs, self.law, self.depth_offset)
+    def _parts(self) -> tuple[solver.Problem, np.ndarray, np.ndarray]:
+        x = inputs_of(self.runs, self.law, self.depth_offset)
         problem = _problem(x, self.law, self.fixed, self.huber_delta)
-        y = _log_losses(self.runs)
-        return problem, y, _solver.standard(problem, self.params.to_numpy())
+        y = log_losses(self.runs)
+        return problem, y, solver.standard(problem, self.params.to_numpy())
 
     def _refit_weighted(self, weights: np.ndarray) -> pd.DataFrame:
         """Refit with (B, n) weights of the runs, from the optimum and one start more."""
         problem, y, warm = self._parts()
-        theta, _ = _solver.search(problem, y, weights.astype(float), starts=1, warm=warm)
-        return pd.DataFrame(_solver.natural(problem, theta), columns=self.params.index)
+        theta, _ = solver.search(problem, y, weights.astype(float), starts=1, warm=warm)
+        return pd.DataFrame(solver.natural(problem, theta), columns=self.params.index)
 
     def bootstrap(
         self, n: int = 200, seed: int = 0, *, by: Iterable[str] | None = None
@@ -528,6 +375,7 @@ class ScalingFit:
 
         Examples
         --------
+        >>> from depthutil.scaling import drop_highest, load_chinchilla
         >>> draws = fit(drop_highest(load_chinchilla())).bootstrap(100)
         >>> low, high = draws["alpha_depth"].quantile([0.025, 0.975])
         >>> bool(0.8 < low < high < 2.0)
@@ -535,12 +383,12 @@ class ScalingFit:
         """
         n = _checks.count(n, "n")
         if by is None:
-            return self._refit_weighted(_resample(len(self.runs), n, seed))
+            return self._refit_weighted(resampled(len(self.runs), n, seed))
         _checks.columns(self.runs, by := list(by))
         group = self.runs.groupby(by).ngroup().to_numpy()
         if group.max() == 0:
             raise ValueError(f"all runs are of one group by {by}: there is nothing to resample")
-        return self._refit_weighted(_resample(group.max() + 1, n, seed)[:, group])
+        return self._refit_weighted(resampled(group.max() + 1, n, seed)[:, group])
 
     def profile(self, name: str, level: float = 0.95, points: int = 41) -> Profile:
         """Profile likelihood of one parameter, and its interval.
@@ -560,6 +408,7 @@ class ScalingFit:
 
         Examples
         --------
+        >>> from depthutil.scaling import drop_highest, load_chinchilla
         >>> alpha = fit(drop_highest(load_chinchilla())).profile("alpha_depth", points=5)
         >>> [round(end, 2) for end in alpha.interval]
         [0.94, 1.73]
@@ -567,7 +416,7 @@ class ScalingFit:
         if name not in self.params.index or name in self.fixed:
             free = [p for p in self.params.index if p not in self.fixed]
             raise ValueError(f"name must be a free parameter, one of {free}, not {name!r}")
-        level = _level(level)
+        level = level_of(level)
         points = _checks.count(points, "points", low=2)
         best, threshold = self.params[name], float(stats.chi2.ppf(level, 1))
         limit = ALPHA_MAX if name.startswith("alpha_") else np.inf
@@ -592,19 +441,19 @@ class ScalingFit:
         """Twice the drop of the log likelihood with ``name`` held at each of some values."""
         if self.huber_delta is not None:
             raise ValueError("a Huber fit has no normal likelihood: fit with huber_delta=None")
-        x, y = _inputs(self.runs, self.law, self.depth_offset), _log_losses(self.runs)
+        x, y = inputs_of(self.runs, self.law, self.depth_offset), log_losses(self.runs)
         index, n = self.params.index.get_loc(name), len(y)
 
-        def held(value: float) -> _solver.Problem:
+        def held(value: float) -> solver.Problem:
             return _problem(x, self.law, dict(self.fixed) | {name: value}, None)
 
         def deviance(values: np.ndarray) -> np.ndarray:
             problem = held(values[0])
-            warm = np.tile(_solver.standard(problem, self.params.to_numpy()), (len(values), 1))
+            warm = np.tile(solver.standard(problem, self.params.to_numpy()), (len(values), 1))
             warm[:, index] = values
-            fresh = [_solver.screen(held(value), y, np.ones(n), 1)[0, 0] for value in values]
+            fresh = [solver.screen(held(value), y, np.ones(n), 1)[0, 0] for value in values]
             theta = np.concatenate([warm, fresh])
-            error = _solver.minimise(problem, theta, y, np.ones((1, n)))[1].reshape(2, -1).min(0)
+            error = solver.minimise(problem, theta, y, np.ones((1, n)))[1].reshape(2, -1).min(0)
             return n * np.log(np.maximum(error / n * 100 / self.objective, 1))
 
         return deviance
@@ -633,6 +482,7 @@ class ScalingFit:
 
         Examples
         --------
+        >>> from depthutil.scaling import drop_highest, load_chinchilla
         >>> fit(drop_highest(load_chinchilla())).cross_validate().shape
         (10, 3)
         """
@@ -647,7 +497,7 @@ class ScalingFit:
         rng = np.random.default_rng(seed)
         out = np.array([rng.permutation(size) < held for _ in range(splits)])
         params = self._refit_weighted(~out)
-        y = _log_losses(self.runs)
+        y = log_losses(self.runs)
         rows = []
         for mask, (_, law) in zip(out, params.iterrows(), strict=True):
             r = np.log(predict(law, self.runs, depth_offset=self.depth_offset).to_numpy()) - y
@@ -661,14 +511,7 @@ class ScalingFit:
         return pd.DataFrame(rows).rename_axis("split")
 
 
-def _level(level: float) -> float:
-    """A confidence level, between 0 and 1."""
-    if not 0 < _checks.number(level, "level", low=0, high=1) < 1:
-        raise ValueError(f"level lies between 0 and 1, such as 0.95, and is not {level!r}")
-    return float(level)
-
-
-def _resample(size: int, n: int, seed: int) -> np.ndarray:
+def resampled(size: int, n: int, seed: int) -> np.ndarray:
     """How often each run is in each resample, (n, size)."""
     return np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), size=n)
 
@@ -690,218 +533,3 @@ def _crossing(
             return float(np.copysign(np.inf, step))
         values = np.linspace(values[above[0] - 1], values[above[0]], 12)
     return float(values.mean())
-
-
-# --------------------------------------------------------- what fits are for
-
-
-def compare(fits: Mapping[str, ScalingFit], **cross_validation: Any) -> pd.DataFrame:
-    """Laws fitted to the same losses, side by side.
-
-    Parameters
-    ----------
-    fits : dict of str to ScalingFit
-        A name for each.
-    **cross_validation
-        ``splits``, ``fraction`` and ``seed`` for :meth:`ScalingFit.cross_validate`.
-
-    Returns
-    -------
-    pandas.DataFrame
-        One row a fit: free ``parameters``, ``objective``, ``AIC`` and ``BIC`` as
-        differences from the lowest, and mean ``held-out objective`` and ``held-out error``.
-
-    Examples
-    --------
-    >>> runs = drop_highest(load_chinchilla())
-    >>> fits = {law: fit(runs, law) for law in ("width-depth-data", "params-data")}
-    >>> compare(fits)["AIC"].round(1)
-    width-depth-data    10.3
-    params-data          0.0
-    Name: AIC, dtype: float64
-    """
-    if not fits:
-        raise ValueError("compare needs at least one fit")
-    first = next(iter(fits.values()))
-    for name, other in fits.items():
-        if not first.runs["loss"].equals(other.runs["loss"]):
-            raise ValueError(f"fit {name!r} is to other runs than the first: fit the same runs")
-    held = {name: one.cross_validate(**cross_validation).mean() for name, one in fits.items()}
-    table = pd.DataFrame(
-        {
-            "parameters": {name: one.n_free for name, one in fits.items()},
-            "objective": {name: one.objective for name, one in fits.items()},
-            "AIC": {name: one.aic for name, one in fits.items()},
-            "BIC": {name: one.bic for name, one in fits.items()},
-            "held-out objective": {name: mean["held_out"] for name, mean in held.items()},
-            "held-out error": {name: mean["error"] for name, mean in held.items()},
-        }
-    )
-    table[["AIC", "BIC"]] -= table[["AIC", "BIC"]].min()
-    return table
-
-
-def optimal_shape(
-    law: ScalingFit | pd.Series,
-    n_params: Iterable[float],
-    *,
-    draws: pd.DataFrame | None = None,
-    level: float = 0.95,
-) -> pd.DataFrame:
-    """Width and depth that minimise the law at ``12 width**2 depth`` parameters.
-
-    Setting the derivative to 0 along ``depth = N / (12 width**2)`` gives
-    ``width**(a + 2 b) = a c_width / (2 b c_depth) (N / 12)**b``, with a and b the
-    exponents of width and depth (the law of Liu et al., arXiv 2602.05970).
-
-    Parameters
-    ----------
-    law : ScalingFit or pandas.Series
-        Of the law ``"width-depth-data"``, without ``depth_offset``.
-    n_params : sequence of float
-        Numbers of parameters N, without embeddings.
-    draws : pandas.DataFrame, optional
-        As from :meth:`ScalingFit.bootstrap`: adds an interval to each column.
-    level : float
-        Its confidence level.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by ``n_params``: ``width``, ``depth`` and ``loss`` (the sum of the width
-        and depth terms, nats), with ``_low`` and ``_high`` if ``draws`` were given.
-
-    Examples
-    --------
-    >>> law = pd.Series([300, 6, 500, 1, 1, 0.3, 1.75], index=fit(load_chinchilla()).params.index)
-    >>> shape = optimal_shape(law, [1e8, 1e9])
-    >>> (shape["width"] / shape["depth"]).round(3).tolist()
-    [25.0, 25.0]
-    """
-    if isinstance(law, ScalingFit):
-        if law.depth_offset:
-            raise ValueError(f"optimal_shape needs depth_offset=0, not {law.depth_offset}")
-        law = law.params
-    if _law_of(law) != "width-depth-data":
-        raise ValueError(f"optimal_shape needs the law 'width-depth-data', not {_law_of(law)!r}")
-    n, level = _checks.positive(list(n_params), "n_params"), _level(level)
-
-    def shape(p: Mapping[str, float]) -> pd.DataFrame:
-        cw, cd, a, b = (p[k] for k in ("c_width", "c_depth", "alpha_width", "alpha_depth"))
-        if not min(cw, cd, a, b) > 0:  # one of the terms is absent: no optimum between them
-            return pd.DataFrame({"width": np.nan, "depth": np.nan, "loss": np.nan}, index=n)
-        width = np.exp((np.log(a * cw / (2 * b * cd)) + b * np.log(n / 12)) / (a + 2 * b))
-        depth = n / (12 * width**2)
-        table = {"width": width, "depth": depth, "loss": cw / width**a + cd / depth**b}
-        return pd.DataFrame(table, index=n)
-
-    best = shape(law).rename_axis("n_params")
-    if draws is None:
-        return best
-    cloud = np.stack([shape(row).to_numpy() for _, row in draws.iterrows()])
-    for tail, quantile in (("low", 0.5 - level / 2), ("high", 0.5 + level / 2)):
-        best[[f"{c}_{tail}" for c in ("width", "depth", "loss")]] = np.nanquantile(
-            cloud, quantile, axis=0
-        )
-    return best
-
-
-#: Start, step sizes and units of the code of Liu et al. (arXiv 2602.05970), for
-#: :func:`adam_path`.
-PUBLISHED = {
-    "start": {
-        "c_width": 200.0,
-        "c_depth": 200.0,
-        "c_data": 10.0,
-        "alpha_width": 1.0,
-        "alpha_depth": 1.0,
-        "alpha_data": 0.33,
-        "L0": 1.69,
-    },
-    "learning_rate": {"c": 0.005, "alpha": 0.0005, "L0": 0.005},
-    "units": {"depth": 0.01, "tokens": 1e6},
-}
-
-
-def adam_path(
-    runs: pd.DataFrame,
-    steps: int = 10_000,
-    *,
-    learning_rate: float | Mapping[str, float] = 3e-3,
-    start: Mapping[str, float] | None = None,
-    units: Mapping[str, float] | None = None,
-    every: int = 100,
-) -> pd.DataFrame:
-    """The objective of :func:`fit`, by Adam: where it stands after so many steps.
-
-    The law is ``"width-depth-data"``, in logarithms of the coefficients, exponents and
-    ``L0``. Liu et al. (arXiv 2602.05970, appendix B) took 10,000 steps for each bootstrap refit
-    and 50,000 for the fit itself; start, rates and units of their code are :data:`PUBLISHED`.
-
-    Parameters
-    ----------
-    runs : pandas.DataFrame
-        As for :func:`fit`.
-    steps : int
-        Number of Adam steps (Kingma and Ba 2015, betas 0.9 and 0.999).
-    learning_rate : float or dict
-        Step size, constant; or one each for ``"c"`` (logarithms of coefficients), ``"alpha"`` and
-        ``"L0"``.
-    start : dict, optional
-        Values that replace those of the default start: ``c_width`` = ``c_data`` = 400,
-        ``c_depth`` = 4, exponents 1, ``L0`` 1.
-    units : dict, optional
-        What ``width``, ``depth`` and ``tokens`` are measured in, by default 1; coefficients, in
-        ``start`` and in the answer, are for inputs in these units.
-    every : int
-        Steps between rows of the answer.
-
-    Returns
-    -------
-    pandas.DataFrame
-        Indexed by ``step``: the parameters and ``objective`` (100 × mean squared log residual).
-
-    Examples
-    --------
-    >>> path = adam_path(drop_highest(load_chinchilla()), 200)
-    >>> path.index.tolist()
-    [0, 100, 200]
-    """
-    law = "width-depth-data"
-    x, _ = _check_fit(runs, law, 0, None, None)
-    y = _log_losses(runs)
-    steps, every = _checks.count(steps, "steps", low=0), _checks.count(every, "every")
-    if not isinstance(learning_rate, Mapping):
-        learning_rate = dict.fromkeys(("c", "alpha", "L0"), learning_rate)
-    for name, value in learning_rate.items():
-        _checks.word(name, ("c", "alpha", "L0"), "a name in learning_rate")
-        _checks.number(value, "learning_rate", low=0, above=True)
-    if set(learning_rate) != {"c", "alpha", "L0"}:
-        raise ValueError(f"learning_rate names c, alpha and L0, not only {list(learning_rate)}")
-    rates = np.array([learning_rate[group] for group in ["c"] * 3 + ["alpha"] * 3 + ["L0"]])
-    for name, value in dict(units or {}).items():
-        _checks.word(name, map(_column, LAWS[law]), "a name in units")
-        _checks.number(value, f"units[{name!r}]", low=0, above=True)
-    x = x - np.log([[(units or {}).get(_column(part), 1.0)] for part in LAWS[law]])
-    for name, value in dict(start or {}).items():
-        _checks.word(name, _names(law), "a name in start")
-        _checks.number(value, f"start[{name!r}]", low=0, above=name.startswith("c_"))
-    first = {"c_width": 400, "c_depth": 4, "c_data": 400, "L0": 1} | dict(start or {})
-    theta = np.array([first.get(name, 1.0) for name in _names(law)], dtype=float)
-    theta[:3] = np.log(theta[:3])
-    mean, square = np.zeros(7), np.zeros(7)
-    rows = {}
-    for step in range(steps + 1):
-        term = np.exp(theta[:3, None] - theta[3:6, None] * x)
-        prediction = term.sum(0) + theta[6]
-        r = np.log(prediction) - y
-        if step % every == 0 or step == steps:
-            rows[step] = [*np.exp(theta[:3]), *theta[3:], 100 * (r @ r) / len(r)]
-        slope = 2 * r / prediction / len(r)
-        gradient = np.concatenate([term @ slope, -(term * x) @ slope, [slope.sum()]])
-        mean += 0.1 * (gradient - mean)
-        square += 0.001 * (gradient**2 - square)
-        unbiased = mean / (1 - 0.9 ** (step + 1)), square / (1 - 0.999 ** (step + 1))
-        theta = theta - rates * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
-    columns = [*_names(law), "objective"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("step")
