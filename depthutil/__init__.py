@@ -14,6 +14,8 @@ module          holds
 ``moments``     means over tokens, with errors over documents
 ``signatures``  what hidden states say: the diagnostic that tells the three ways
                 apart
+``directions``  where updates point: agreement against lag, a test of order, path
+                and chord
 ``toy``         a grid of students trained at once to imitate deeper teachers; how they
                 use their depth
 ``stream``      a live model: where its blocks, sublayers, norm and head are and what

@@ -263,8 +263,44 @@ def against_depth(
     [[0.38, 0.42], [0.26, 0.34]]
     >>> plt.close(fig)
     """
+    at, error = _columns(table)
+    return ax.errorbar(at, table["mean"], errors * error, **{"fmt": "o-"} | style)
+
+
+def band(ax: mpl.axes.Axes, table: pd.DataFrame, *, errors: float = 2, **style: Any) -> Line2D:
+    """Draw means as a line, with a shaded band of their errors.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    table : pandas.DataFrame
+        As for :func:`against_depth`; its index is the x axis where it has neither ``layer`` nor
+        ``depth``.
+    errors : float
+        Half the width of the band, in standard errors.
+    **style
+        Passed to :meth:`matplotlib.axes.Axes.plot`.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> fig, ax = plt.subplots()
+    >>> line = band(ax, pd.DataFrame({"mean": [1.0, 2.0], "stderr": [0.1, 0.1]}), label="seen")
+    >>> line.get_ydata().tolist(), len(ax.collections)
+    ([1.0, 2.0], 1)
+    >>> plt.close(fig)
+    """
+    at, error = _columns(table)
+    (line,) = ax.plot(at, table["mean"], **style)
+    low, high = table["mean"] - errors * error, table["mean"] + errors * error
+    ax.fill_between(at, low, high, color=line.get_color(), alpha=0.15, lw=0)
+    return line
+
+
+def _columns(table: pd.DataFrame) -> tuple[Any, pd.Series]:
+    """Where means are drawn, and their standard errors."""
     at = next((table[name] for name in ("layer", "depth") if name in table), table.index)
     error = next((table[name] for name in ("stderr", "sem") if name in table), None)
     if error is None or "mean" not in table:
         raise ValueError(f"the table needs mean and stderr, and has {list(table.columns)}")
-    return ax.errorbar(at, table["mean"], errors * error, **{"fmt": "o-"} | style)
+    return at, error

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -455,3 +456,37 @@ def batches(
             mask[i, : len(row)] = 1
         result.append({"input_ids": ids, "attention_mask": mask})
     return result
+
+
+@torch.no_grad()
+def losses(model: Any, batches: Iterable[Mapping[str, Tensor]]) -> np.ndarray:
+    """Cross-entropy of the next token, a mean for each document.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+    batches : iterable of dict
+        As :func:`batches` makes them.
+
+    Returns
+    -------
+    numpy.ndarray
+        Nats per token, ``(documents,)``.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2LMHeadModel
+    >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=1, n_head=2))
+    >>> ids = torch.ones(2, 5, dtype=torch.long)
+    >>> losses(model, [{"input_ids": ids, "attention_mask": ids}]).shape
+    (2,)
+    """
+    found = []
+    for batch in batches:
+        batch = {name: values.to(model.device) for name, values in batch.items()}
+        hidden = batch["attention_mask"][:, 1:] == 0
+        goal = batch["input_ids"][:, 1:].masked_fill(hidden, -100)
+        logits = model(**batch, use_cache=False).logits[:, :-1].float().transpose(1, 2)
+        each = torch.nn.functional.cross_entropy(logits, goal, reduction="none")
+        found.append(each.sum(1) / (goal >= 0).sum(1))
+    return torch.cat(found).double().cpu().numpy()

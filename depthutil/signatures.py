@@ -306,6 +306,23 @@ def diagnose(states: Any) -> Diagnosis:
     )
 
 
+def evenness(sizes: Any) -> np.ndarray:
+    """Squared mean over mean square: 1 if all are equal, ``1/n`` if one of ``n`` has everything.
+
+    Parameters
+    ----------
+    sizes : array
+        ``(…, layers)``: lengths or angles of a token's updates, for example.
+
+    Examples
+    --------
+    >>> evenness([[2.0, 2.0], [4.0, 0.0]]).tolist()
+    [1.0, 0.5]
+    """
+    sizes = np.asarray(sizes, dtype=float)
+    return sizes.mean(axis=-1) ** 2 / (sizes**2).mean(axis=-1)
+
+
 def _undetermined(s: Signature, *reasons: str) -> Diagnosis:
     return Diagnosis("undetermined", reasons, 0.0, s)
 

@@ -46,7 +46,7 @@ def test_the_fit_equals_one_with_all_parameters_free():
     q = family.squares()
     assert abs(family.exponents[q.argmin()] - free.x[3]) <= 0.011
     assert q.min() == pytest.approx(2 * free.cost, rel=5e-3) and q.min() >= 2 * free.cost
-    held = least_squares(lambda t: rest([*t, 1.0]), [1, 1, 0.5])
+    held = least_squares(lambda t: rest(np.append(t, 1.0)), [1, 1, 0.5])
     assert q[np.argmin(abs(family.exponents - 1))] == pytest.approx(2 * held.cost)
 
 

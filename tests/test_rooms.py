@@ -12,7 +12,18 @@ PACKAGE = ROOT / "depthutil"
 # A room imports from floors below its own, and a wing's files from one another.
 FLOORS = (
     {"_checks", "_arguments"},
-    {"gram", "moments", "powerlaw", "corpus", "archive", "figures", "checks", "nulls", "_runs"},
+    {
+        "gram",
+        "moments",
+        "powerlaw",
+        "corpus",
+        "archive",
+        "figures",
+        "checks",
+        "nulls",
+        "_runs",
+        "directions",
+    },
     {"stream", "scaling", "signatures", "explorer"},
     {"models", "regimes", "trajectory", "toy"},
     {"ladder"},

@@ -18,14 +18,22 @@ file          holds
 ``result``    :class:`Trajectory`: tables of every figure, averages, files
 ``sums``      what is kept while recording, and how a file holds it
 ``passing``   what hooks keep of one forward pass, and Gram matrices of it
-``recorder``  :func:`record` and :func:`writes_of`
+``recorder``  :func:`record`; writes as vectors, all or a sample
 ``decoding``  :func:`decode_early`
 ============= ==================================================================
 """
 
 from depthutil.gram import STATISTICS as STATISTICS  # its former place
 from depthutil.trajectory.decoding import decode_early
-from depthutil.trajectory.recorder import record, writes_of
-from depthutil.trajectory.result import Trajectory
+from depthutil.trajectory.recorder import Sample, record, sample_writes, writes_of
+from depthutil.trajectory.result import Trajectory, middle_means
 
-__all__ = ["Trajectory", "decode_early", "record", "writes_of"]
+__all__ = [
+    "Sample",
+    "Trajectory",
+    "decode_early",
+    "middle_means",
+    "record",
+    "sample_writes",
+    "writes_of",
+]

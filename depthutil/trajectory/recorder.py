@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -255,6 +255,74 @@ def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
         stack = Writes(live.parts, trace, writes == "sublayer", product_device(live))
         out = stack.fill(stack.empty(len(rows), trace.start.shape[-1]), slice(None), after=False)
     return out[:, : stack.rows].transpose(0, 1).unflatten(1, inputs["input_ids"].shape)
+
+
+class Sample(NamedTuple):
+    """Writes at a few positions, as vectors.
+
+    Attributes
+    ----------
+    writes : torch.Tensor
+        ``(writes, tokens, width)``, single precision; without the stream's start.
+    tokens, documents : torch.Tensor
+        Of each token, its id and the number of its document, ``(tokens,)``.
+    """
+
+    writes: Tensor
+    tokens: Tensor
+    documents: Tensor
+
+
+def sample_writes(
+    model: nn.Module,
+    batches: Iterable[Any],
+    writes: str = "block",
+    *,
+    per_document: int = 16,
+    seed: int = 0,
+) -> Sample:
+    """Write vectors at random positions of each document, for what Gram matrices do not hold.
+
+    Parameters
+    ----------
+    model, batches, writes
+        As for :func:`record`.
+    per_document : int
+        How many positions of each document; never its first token, nor its last.
+    seed : int
+        Of the positions.
+
+    Returns
+    -------
+    Sample
+
+    Raises
+    ------
+    ValueError
+        As :func:`record`.
+
+    Examples
+    --------
+    >>> from transformers import GPT2Config, GPT2Model
+    >>> model = GPT2Model(GPT2Config(vocab_size=8, n_embd=4, n_layer=3, n_head=2))
+    >>> found = sample_writes(model, [torch.randint(8, (2, 9))], per_document=5)
+    >>> found.writes.shape, found.documents.tolist()
+    (torch.Size([3, 10, 4]), [0, 0, 0, 0, 0, 1, 1, 1, 1, 1])
+    """
+    each = _checks.count(per_document, "per_document")
+    rng, live = torch.Generator().manual_seed(seed), Stream(model)
+    vectors, ids, documents = [], [], list[Tensor]()
+    for number, batch in enumerate(batches):
+        inputs, real = live.inputs(batch, "all", number)
+        written = writes_of(model, batch, writes).cpu()[1:]
+        for row, mask in enumerate(real):
+            at = 1 + torch.randperm(max(int(mask.sum()) - 2, 0), generator=rng)[:each]
+            vectors.append(written[:, row, at].float())
+            ids.append(inputs["input_ids"][row, at])
+            documents.append(torch.full_like(at, len(documents)))
+    if not vectors:
+        raise ValueError("there are no batches: give one at least")
+    return Sample(torch.cat(vectors, 1), torch.cat(ids), torch.cat(documents))
 
 
 def _save(path: Path, identity: str, digest: str, sums: Sums) -> None:

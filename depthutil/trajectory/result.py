@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -437,3 +437,42 @@ def result_of(sums: Sums, name: str, width: int) -> Trajectory:
         per_token=kept or None,
         _sums=sums,
     )
+
+
+def middle_means(
+    recorded: Mapping[str, Trajectory],
+    statistic: str = "angles",
+    skip: int | Callable[[int], int] = 1,
+) -> pd.DataFrame:
+    """Mean of a statistic over the middle layers of each of several models.
+
+    Parameters
+    ----------
+    recorded : mapping of str to Trajectory
+        By the models' names.
+    statistic : str
+        A key of :data:`depthutil.gram.STATISTICS`.
+    skip : int or callable
+        How many layers to leave out at each end, or a function of depth that says so. Models
+        that nothing is left of are left out.
+
+    Returns
+    -------
+    pandas.DataFrame
+        ``model, width, depth, layers`` (that are left), ``mean, stderr`` (over documents).
+
+    Examples
+    --------
+    >>> walk = np.random.default_rng(0).standard_normal((9, 50, 16)).cumsum(axis=0)
+    >>> middle_means({"walk": Trajectory.from_states(walk)})["layers"].tolist()
+    [6]
+    """
+    rows = []
+    for name, t in recorded.items():
+        drop = skip(t.depth) if callable(skip) else skip
+        first = (STATISTICS[statistic] or 0) + drop
+        last = first + t.depth - 1 - 2 * drop
+        if first <= last:
+            mean = t.average(statistic, first, last)
+            rows.append((name, t.width, t.depth, last - first + 1, mean["mean"], mean["stderr"]))
+    return pd.DataFrame(rows, columns=["model", "width", "depth", "layers", "mean", "stderr"])
