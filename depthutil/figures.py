@@ -297,6 +297,35 @@ def band(ax: mpl.axes.Axes, table: pd.DataFrame, *, errors: float = 2, **style: 
     return line
 
 
+def cosine_map(ax: mpl.axes.Axes, gram: np.ndarray) -> None:
+    """Draw a Gram matrix as cosines: blue where positive, vermillion where negative, pale near 0.
+
+    Parameters
+    ----------
+    ax : matplotlib.axes.Axes
+    gram : numpy.ndarray
+        Inner products ``(writes, writes)``.
+
+    Examples
+    --------
+    >>> import matplotlib.pyplot as plt
+    >>> fig, ax = plt.subplots()
+    >>> cosine_map(ax, np.array([[4.0, -2.0], [-2.0, 4.0]]))
+    >>> ax.collections[1].get_facecolor()[1].round(2).tolist()[3]  # the cosine is −½
+    0.5
+    >>> plt.close(fig)
+    """
+    size = np.sqrt(np.diag(gram))
+    cosine = gram / size[:, None] / size
+    edges = np.arange(len(gram) + 1) - 0.5
+    for color, part in ((COLORS["blue"], cosine), (COLORS["vermillion"], -cosine)):
+        paint = [(*mpl.colors.to_rgb(color), alpha) for alpha in part.clip(0, 1).ravel()]
+        mesh = ax.pcolormesh(edges, edges, cosine, lw=0)
+        mesh.set(array=None, facecolor=paint, edgecolor="none")
+    ax.set_aspect("equal")
+    ax.invert_yaxis()
+
+
 def _columns(table: pd.DataFrame) -> tuple[Any, pd.Series]:
     """Where means are drawn, and their standard errors."""
     at = next((table[name] for name in ("layer", "depth") if name in table), table.index)
