@@ -80,3 +80,15 @@ def test_layers_may_be_in_a_column_or_in_the_index():
 
 def test_one_value_is_not_faint():
     assert figures.shades([3]) == {3: 1.0}
+
+
+def test_a_band_is_as_wide_as_its_errors():
+    fig, ax = plt.subplots()
+    table = pd.DataFrame({"mean": [1.0, 2.0], "sem": [0.1, 0.2]}, index=[4, 8])
+    line = figures.band(ax, table, errors=2, color="k", ls="--")
+    assert line.get_xydata().tolist() == [[4, 1], [8, 2]] and line.get_linestyle() == "--"
+    edges = ax.collections[0].get_paths()[0].vertices[:, 1]
+    assert edges.min() == pytest.approx(0.8) and edges.max() == pytest.approx(2.4)
+    with pytest.raises(ValueError, match="needs mean and stderr"):
+        figures.band(ax, table[["mean"]])
+    plt.close(fig)

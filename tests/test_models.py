@@ -528,3 +528,22 @@ def test_what_is_no_list_of_texts_is_refused(texts, message):
 def test_how_many_texts_is_a_whole_number(count):
     with pytest.raises(ValueError, match=rf"count is a whole number.*not {count!r}"):
         models.texts("x", count, source="held-out")
+
+
+def test_losses_are_of_the_next_real_token_of_each_document():
+    model = build("llama").eval()
+    ids = tokens(rows=3, length=10)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    found = models.losses(
+        model,
+        [
+            {"input_ids": ids[:1], "attention_mask": mask[:1]},
+            {"input_ids": ids[1:], "attention_mask": mask[1:]},
+        ],
+    )
+    with torch.no_grad():
+        logs = model(ids, attention_mask=mask).logits.log_softmax(-1)
+    for row, length in enumerate((10, 6, 10)):
+        each = [-logs[row, t, ids[row, t + 1]].item() for t in range(length - 1)]
+        assert found[row] == pytest.approx(sum(each) / len(each), rel=1e-5)

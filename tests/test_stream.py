@@ -342,3 +342,28 @@ def test_padding_is_not_measured():
     left["attention_mask"][0, :4] = 0
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
     assert stream.measured(model, left, head=True).sublayers
+
+
+def test_a_stream_is_run_with_hooks_that_come_off():
+    model = build("llama")
+    live = stream.Stream(model)
+    inputs, real = live.inputs(tokens())
+    before = live.parts
+    with live.open():
+        live.measure(inputs, head=True)
+        assert live.parts.sublayers and live.parts.depth == before.depth
+        plain = live.run(inputs)
+        seen = []
+        doubled = live.run(
+            inputs,
+            before=[(live.parts.blocks[1], lambda h: 2 * h)],
+            after=[(live.parts.blocks[-1], seen.append)],
+        )
+        again = live.run(inputs)
+    assert real.all() and len(seen) == 1 and not torch.allclose(plain, doubled)
+    assert torch.equal(plain, again)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert repr(live) == "Stream(LlamaForCausalLM (llama))" and live.dtype == torch.float32
+    with pytest.raises(ZeroDivisionError):
+        live.run(inputs, before=[(live.parts.blocks[0], lambda h: 1 / 0)])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

@@ -768,3 +768,34 @@ def test_a_document_that_is_left_out_does_not_spare_the_rest_the_measuring(call)
     ids[0, 2] = 5
     with pytest.raises(ValueError, match="not causal"):
         call(model, [ids], mask=lambda ids, real: (ids != 5).all(1, keepdim=True) & real)
+
+
+# Samples, and means over models -------------------------------------------------------------
+
+
+def test_sampled_writes_are_those_of_the_positions_that_are_named(neox):
+    batches = corpus()
+    found = trajectory.sample_writes(neox, batches, "sublayer", per_document=3, seed=1)
+    assert found.writes.shape[1] == len(found.tokens) == len(found.documents)
+    lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
+    assert set(found.documents.tolist()) == set((lengths > 2).nonzero().flatten().tolist())
+    ids = batches[0]["input_ids"]
+    whole = trajectory.writes_of(neox, batches[0], "sublayer")[1:, 0].float()
+    for i in (found.documents == 0).nonzero().flatten():
+        at = (ids[0] == found.tokens[i]).nonzero().flatten()
+        gaps = [(whole[:, a] - found.writes[:, i]).abs().max().item() for a in at if a > 0]
+        assert min(gaps) == 0
+    again = trajectory.sample_writes(neox, batches, "sublayer", per_document=3, seed=1)
+    assert torch.equal(again.writes, found.writes)
+    with pytest.raises(ValueError, match="there are no batches"):
+        trajectory.sample_writes(neox, [])
+
+
+def test_middle_means_leave_out_ends_and_models_without_a_middle(got):
+    table = trajectory.middle_means({"a": got})
+    one = got.average("angles")
+    assert table.loc[0, "mean"] == one["mean"] and table.loc[0, "stderr"] == one["stderr"]
+    assert table.loc[0, "layers"] == got.depth - 2 and table.loc[0, "depth"] == got.depth
+    assert trajectory.middle_means({"a": got}, skip=got.depth).empty
+    by_function = trajectory.middle_means({"a": got}, "update_norms", skip=lambda depth: 0)
+    assert by_function.loc[0, "layers"] == got.depth
