@@ -6,9 +6,9 @@ are ``LlamaForCausalLM`` of ``transformers`` (Touvron et al., arXiv 2302.13971: 
 blocks, rotary positions, SwiGLU), with bytes as tokens, trained on what every machine with
 Python has: :func:`depthutil.corpus.corpus`.
 
-:func:`members`, :func:`held_out`, :func:`curves` and :func:`documents` read the ladder that comes
-with the book, ``depthutil.models.load`` loads its models; ``make ladder`` trains it
-again, through :func:`train` and :func:`assemble`. Training needs the ``models`` extra.
+:func:`members`, :func:`depthutil.corpus.held_out`, :func:`curves` and :func:`documents` read the
+ladder that comes with the book, ``depthutil.models.load`` loads its models; ``make ladder``
+trains it again, through :func:`train` and :func:`assemble`. Training needs the ``models`` extra.
 
 ============ ===================================================================
 file         holds

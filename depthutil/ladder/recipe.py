@@ -149,7 +149,7 @@ class LadderConfig:
             to 32, 20 tokens for each parameter of the deepest, three seeds, learning rate
             chosen for each depth. ``"gpu-wide"``: width 256. The library is 9.7 million
             bytes, so that these two read it 13 and 54 times: compare training and held-out
-            loss, or give :func:`corpus` a larger folder.
+            loss, or give :func:`depthutil.corpus.corpus` a larger folder.
         **changes
             Settings to change; ``config.scale`` then names them.
 

@@ -54,7 +54,7 @@ def train(
     learning_rate : float, optional
         Its peak; the configuration's by default, if that has a single one.
     text : Corpus, optional
-        :func:`corpus` by default.
+        :func:`depthutil.corpus.corpus` by default.
     checkpoint : path, optional
         File to save to and, where it exists, to continue from; on a CPU, with the same
         number of threads, to the same bits as without an interruption.

@@ -162,7 +162,7 @@ def adam_path(
 
     The law is ``"width-depth-data"``, in logarithms of the coefficients, exponents and
     ``L0``. Liu et al. (arXiv 2602.05970, appendix B) took 10,000 steps for each bootstrap refit
-    and 50,000 for the fit itself; start, rates and units of their code are :data:`PUBLISHED`.
+    and 50,000 for the fit itself; start, rates and units of their code are ``PUBLISHED``.
 
     Parameters
     ----------

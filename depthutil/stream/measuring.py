@@ -42,7 +42,7 @@ def measured(
 ) -> Anatomy:
     """What a model's blocks, sublayers, norm and head really do, on a piece of a batch.
 
-    Costs a few forward passes of at most :data:`PROBE` tokens.
+    Costs a few forward passes of at most ``PROBE`` tokens.
 
     Parameters
     ----------

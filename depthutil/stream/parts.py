@@ -171,7 +171,7 @@ class Anatomy:
 def anatomy(model: nn.Module) -> Anatomy:
     """Find a causal language model's blocks, sublayers, norms, embedding and head, by names.
 
-    Of the families of :data:`FAMILIES` everything is known. Of any other decoder, the blocks are
+    Of the families of ``FAMILIES`` everything is known. Of any other decoder, the blocks are
     its only list of as many modules as it has layers; what its sublayers are is measured when
     it is recorded.
 

@@ -40,7 +40,7 @@ class ToyResult:
     weights : dict
         For each trained student, by its values of ``GRID``: ``w1, b, w2, head``.
     kernel : str
-        What computed it, as :func:`depthutil.kernels.choose` says; empty if not known.
+        What computed it, as :func:`depthutil.toy.kernels.choose` says; empty if not known.
     """
 
     config: ToyConfig
