@@ -2,17 +2,24 @@
 
     python benchmarks/recording.py            # GPT-NeoX, 24 layers of width 512, random weights
     python benchmarks/recording.py --decode   # and decoding every layer early
+    python benchmarks/recording.py --peer     # against the procedure written plainly
     python benchmarks/recording.py --device cuda --batch 32
 
 Bare pass and recording take turns batch by batch in this one run, so that whatever else the
 machine does slows both; each batch gives a ratio, and the table their median and quartiles. The
 bare pass is the backbone without its head, which is what a recording runs: with the head
 the shares would be smaller. Memory is the peak of a process of its own for each corpus.
+
+The plain procedure is what one writes down for the figures 2 a, c, e of arXiv 2602.05970 and the
+loss decoded at each layer: ``output_hidden_states``, angles as arccosines of normalised states in
+single precision, and for each layer the last block, the norm and the head. It takes turns with one
+call that records and decodes in one pass, and has to give the same numbers.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import subprocess
@@ -24,7 +31,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import _arguments, trajectory
+from depthutil import _arguments, models, trajectory
 
 
 def network(args: argparse.Namespace) -> torch.nn.Module:
@@ -99,6 +106,80 @@ def cost(args: argparse.Namespace) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def llama(depth: int, width: int) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=width,
+        intermediate_size=8 * width // 3,
+        num_hidden_layers=depth,
+        num_attention_heads=8,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def plainly(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Angles of states, angles of updates and losses, a row each layer, ``(layers, tokens)``."""
+    out = model(ids, output_hidden_states=True)
+    states, body = torch.stack(out.hidden_states), model.model
+    places = torch.arange(ids.shape[1])[None]
+
+    def angle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x, y = (v / v.norm(dim=-1, keepdim=True) for v in (x, y))
+        return (x * y).sum(-1).clamp(-1, 1).acos()
+
+    inside = states[:-1, :, :-1]  # the last has been through the norm
+    updates = inside.diff(dim=0)
+    losses = []
+    for h in [*out.hidden_states[:-2], None]:
+        logits = out.logits
+        if h is not None:
+            turns = body.rotary_emb(h, places)
+            h = body.layers[-1](h, attention_mask=None, position_embeddings=turns)
+            logits = model.lm_head(body.norm(h if torch.is_tensor(h) else h[0]))
+        flat = logits[:, :-1].flatten(0, 1).float()
+        goal = ids[:, 1:].flatten()
+        losses.append(torch.nn.functional.cross_entropy(flat, goal, reduction="none"))
+    return angle(inside[:-1], inside[1:]), angle(updates[:-1], updates[1:]), torch.stack(losses)
+
+
+def peer(args: argparse.Namespace) -> pd.DataFrame:
+    """How much longer the plain procedure takes, and the largest difference of its numbers."""
+    networks = {"24 layers, width 256, random": llama(24, 256)}
+    names = [name for name in models.available() if name == "ladder-w64-d16-s0"]
+    networks |= {name: models.load(name, device="cpu").model for name in names}
+    rows = []
+    for (name, model), size in itertools.product(networks.items(), (4, 1)):
+        times, theirs = [], []
+
+        def batches(model=model, size=size, times=times, theirs=theirs):
+            for number in range(args.texts // 4 + 1):
+                generator = torch.Generator().manual_seed(number)
+                ids = torch.randint(256, (4, 128), generator=generator)
+                begin = time.process_time()
+                theirs.extend(plainly(model, some) for some in ids.split(size))
+                middle = time.process_time()
+                yield ids
+                times.append((middle - begin, time.process_time() - middle))
+
+        got = trajectory.record(model, batches(), decode="last")
+        plain, ours = np.array(times[1:]).T  # the model is measured on the first
+        low, middle, high = np.percentile(plain / ours, [25, 50, 75])
+        whole = (torch.cat([t[i].flatten(1) for t in theirs], 1).double() for i in range(3))
+        angles, updates, losses = (part.mean(1).numpy() for part in whole)
+        gap = max(
+            np.abs(got.angles()["mean"][:-1] - angles).max(),
+            np.abs(got.update_angles()["mean"][:-1] - updates).max(),
+            np.abs(got.decoded()["mean"] - losses).max(),
+        )
+        rows.append((name, size, plain.sum(), ours.sum(), middle, low, high, f"{gap:.0e}"))
+    columns = ["model", "texts at a time", "plain s", "ours s", "plain / ours", "quartiles", ""]
+    return pd.DataFrame(rows, columns=[*columns, "largest gap"])
+
+
 def peak(args: argparse.Namespace) -> None:
     """Record a small corpus and print the peak memory of this process in MB."""
     model = network(args)
@@ -132,12 +213,17 @@ def main() -> None:
     parser.add_argument("--threads", type=_arguments.count, default=1)
     parser.add_argument("--device", type=_arguments.device, default="cpu")
     parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--peer", action="store_true", help="only this, on the CPU")
+    parser.add_argument("--texts", type=_arguments.count, default=48, help="for --peer")
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--writes", default="block", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.peak:
         return peak(args)
+    if args.peer:
+        print(f"{platform.machine()}, {args.threads} thread(s), PyTorch {torch.__version__}")
+        return print(peer(args).round(3).to_string(index=False))
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, {args.threads} thread(s), {args.device}, "
         f"PyTorch {torch.__version__}; GPT-NeoX of {args.depth} layers, width {args.width}"

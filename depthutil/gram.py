@@ -32,10 +32,13 @@ STATISTICS = {
     "contributions.block": 1,
     "contributions.attention": 1,
     "contributions.mlp": 1,
+    "write_norms.attention": 1,
+    "write_norms.mlp": 1,
     "cosines.block": 1,
     "cosines.attention": 1,
     "cosines.mlp": 1,
     "last_angle_after_norm": None,  # the last layer
+    "last_update_angle_after_norm": None,
     "null_angles": 1,
     "null_cosines": 1,
 }
@@ -232,6 +235,12 @@ def statistics(
     if normed:
         before_last = after[:, : -3 if sublayers else -2].sum(1)
         values["last_angle_after_norm"] = angle(h2[:, -2], after[:, -1], before_last)[:, None]
+        if u2.shape[1] > 1:  # between Δ_{ℓ−1} and norm(h_ℓ) − h_{ℓ−1}
+            own = after[:, -5:-3].sum(1) if sublayers else after[:, -3]
+            product = own - whole[:, :-1, -2].sum(1)
+            length = after[:, -1] - 2 * before_last + h2[:, -2]
+            last = angle(u2[:, -2], length.clamp(min=0), product)
+            values["last_update_angle_after_norm"] = last[:, None]
     return values, pairs
 
 
@@ -247,6 +256,7 @@ def _of_sublayers(gram: Tensor, parallel: bool) -> dict[str, Tensor]:
         parts["mlp"] = (square[:, 1::2], along[:, 1::2] - both, stream[:, 0:-1:2])
     values = {}
     for name, (w2, wh, h2) in parts.items():
+        values[f"write_norms.{name}"] = w2.sqrt()
         values[f"contributions.{name}"] = ratio(w2, h2).sqrt()
         values[f"cosines.{name}"] = ratio(wh, (w2 * h2).sqrt())
     return values

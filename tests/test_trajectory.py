@@ -50,6 +50,7 @@ def plainly(writes, sublayers=False, parallel=False):
             "attention": list(zip(states, attention, strict=False)),
             "mlp": list(zip(read, mlp, strict=False)),
         }.items():
+            values[f"write_norms.{name}"] = [length(w) for _, w in pairs]
             values[f"contributions.{name}"] = [length(w) / length(h) for h, w in pairs]
             values[f"cosines.{name}"] = [cosine(w, h) for h, w in pairs]
     return {name: torch.stack(value, 1) for name, value in values.items()}
@@ -139,11 +140,15 @@ def test_a_recorded_model_equals_double_precision(family, spike):
     writes = torch.cat([states[:1], states.diff(dim=0)])
     theirs = plainly(writes)
     theirs["last_angle_after_norm"] = angle(states[-2], after[:, :-1].flatten(0, 1))[:, None]
+    taken = after[:, :-1].flatten(0, 1) - states[-2]  # for the last update, by differences
+    theirs["last_update_angle_after_norm"] = angle(states[-2] - states[-3], taken)[:, None]
     for precision in (torch.float64, torch.float32):
         got = trajectory.record(model.to(precision), [ids[:2], ids[2:]], "sublayer")
-        for name in (*ANGLES, "last_angle_after_norm"):
-            mean = got._table(name)["mean"].to_numpy()
-            assert np.abs(mean - theirs[name].mean(0).numpy()).max() < 1e-5, name
+        for name in (*ANGLES, "last_angle_after_norm", "last_update_angle_after_norm"):
+            table = got._table(name)
+            each = theirs[name].numpy()
+            assert np.abs(table["mean"] - each.mean(0)).max() < 1e-5, name
+            assert np.abs(table["max"] - each.max(0)).max() < 1e-4, name
     if spike and family != "gemma2":  # whose post-norms take the spike out
         biggest = states[1].abs().max(1).values
         assert (biggest > 100 * states[1].abs().median(1).values).any()
@@ -799,3 +804,112 @@ def test_middle_means_leave_out_ends_and_models_without_a_middle(got):
     assert trajectory.middle_means({"a": got}, skip=got.depth).empty
     by_function = trajectory.middle_means({"a": got}, "update_norms", skip=lambda depth: 0)
     assert by_function.loc[0, "layers"] == got.depth
+
+
+# Decoding in the same pass ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["last", "lens"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gemma2", "gpt2"])
+def test_one_pass_records_and_decodes(family, way, tmp_path):
+    model, batches = build(family), corpus()
+    apart = trajectory.record(model, batches, "sublayer")
+    early = trajectory.decode_early(model, batches, through_last=way == "last", top=3)
+    both = trajectory.record(model, batches, "sublayer", decode=way, top=3)
+    assert both.table().equals(apart.table())
+    pd.testing.assert_frame_equal(both.decoded(), early, check_exact=True)
+    assert both.decoded().attrs == early.attrs
+    again = trajectory.Trajectory.load(both.save(tmp_path / "both.npz"))
+    pd.testing.assert_frame_equal(again.decoded(), early, check_exact=True)
+    with pytest.raises(ValueError, match="was not decoded: record with decode="):
+        apart.decoded()
+
+
+def test_what_is_decoded_survives_an_interruption(tmp_path):
+    model, batches, path = build("llama"), corpus(), tmp_path / "part.npz"
+    options = {"decode": "last", "top": 2, "checkpoint": path, "checkpoint_seconds": 0}
+
+    def stop(done, total, left):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trajectory.record(model, batches, progress=stop, **options)
+    resumed = trajectory.record(model, batches, **options)
+    whole = trajectory.record(model, batches, decode="last", top=2)
+    assert resumed.table().equals(whole.table())
+    assert resumed.decoded().equals(whole.decoded())
+    with pytest.raises(ValueError, match="checkpoint of another recording"):
+        trajectory.record(model, batches, checkpoint=path)
+
+
+def test_layers_together_are_the_layers_one_by_one(monkeypatch):
+    for family in ("llama", "gpt_neox", "gemma2"):
+        model, batches = build(family), corpus()
+        seen = []
+        last = trajectory.decoding.Decoder._last
+
+        def counted(decoder, layers, last=last, seen=seen):
+            seen.append(len(layers))
+            return last(decoder, layers)
+
+        monkeypatch.setattr(trajectory.decoding.Decoder, "_last", counted)
+        together = trajectory.decode_early(model, batches)
+        assert max(seen) > 1
+        monkeypatch.setattr(trajectory.decoding.Decoder, "_alike", lambda decoder: False)
+        apart = trajectory.decode_early(model, batches)
+        monkeypatch.undo()
+        assert np.allclose(together["mean"], apart["mean"], rtol=1e-6)
+
+
+def test_a_block_that_cannot_take_layers_together_takes_them_alone():
+    model = build("llama")
+    block = model.model.layers[-1]
+    own = block.forward
+
+    def fussy(hidden_states, *args, **kwargs):
+        if len(hidden_states) > 2:
+            raise RuntimeError("one batch at a time")
+        return own(hidden_states, *args, **kwargs)
+
+    expected = trajectory.decode_early(model, [tokens(2, 8)])
+    block.forward = fussy
+    assert trajectory.decode_early(model, [tokens(2, 8)]).equals(expected)
+
+
+def test_distance_and_overlap_are_those_of_the_models_own_prediction():
+    model, ids = build("llama").double(), tokens(3, 9)
+    table = trajectory.decode_early(model, [ids], through_last=False, top=5)
+    with torch.no_grad():
+        states = [h[:, :-1] for h in model(ids, output_hidden_states=True).hidden_states]
+        final = model.lm_head(states[-1]).log_softmax(-1)  # the last is normed already
+        for layer in range(4):
+            normed = states[layer] if layer == 3 else model.model.norm(states[layer])
+            early = model.lm_head(normed).log_softmax(-1)
+            kl = (early.exp() * (early - final)).sum(-1)
+            tops = [set(p.topk(5).indices.tolist()) for p in early.flatten(0, 1)]
+            ours = [set(p.topk(5).indices.tolist()) for p in final.flatten(0, 1)]
+            overlap = [len(a & b) / 5 for a, b in zip(tops, ours, strict=True)]
+            assert math.isclose(table["kl"][layer], kl.mean(), rel_tol=1e-5, abs_tol=1e-6)
+            assert math.isclose(table["overlap"][layer], np.mean(overlap), rel_tol=1e-9)
+            by_document = kl.mean(1)
+            error = by_document.std().item() / math.sqrt(3)
+            assert math.isclose(table["kl_stderr"][layer], error, rel_tol=1e-3, abs_tol=1e-6)
+    assert table["overlap"].iloc[-1] == 1 and table["kl"].iloc[-1] < 1e-9
+
+
+def test_the_loss_of_every_token_is_there_on_request():
+    model, batches = build("llama"), corpus()
+    each = trajectory.decode_early(model, batches, per_token=True)
+    means = trajectory.decode_early(model, batches)
+    assert len(each) == means.attrs["tokens"]
+    assert np.allclose(each[[0, 1, 2]].mean(), means["mean"])
+    assert each.groupby("document")["position"].max().max() == 10
+    assert set(each["document"]) == {0, 1, 2, 3, 4, 5}
+
+
+def test_what_cannot_be_decoded_is_said():
+    with pytest.raises(ValueError, match="decode is 'last' or 'lens', not 'all'"):
+        trajectory.record(build("llama"), corpus(), decode="all")
+    with pytest.raises(ValueError, match="has no head"):
+        trajectory.record(build("llama").model, corpus(), decode="last")

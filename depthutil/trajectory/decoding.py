@@ -1,8 +1,8 @@
-"""The loss that a model would have if it stopped at each layer."""
+"""What a model would say if it stopped at each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,160 @@ import torch
 from torch import Tensor, nn
 
 from depthutil import _checks, _runs
-from depthutil.moments import Moments, tally
-from depthutil.stream import Anatomy, Stream, device_of, tensor, watched, with_hidden
-from depthutil.trajectory.passing import not_finite, pick
-from depthutil.trajectory.result import frame
+from depthutil.stream import Stream, device_of, tensor, watched, with_hidden
+from depthutil.trajectory.passing import pick
+from depthutil.trajectory.sums import Decoded
+
+# The last block takes the states of several layers at once, as long as there are so few tokens: on
+# a CPU larger products are no faster (20 µs a token for 512 to 4,096 of them at width 256).
+_TOKENS = {"cpu": 512, "cuda": 65536}
+_LOGITS = {"cpu": 2**22, "cuda": 2**26}  # numbers that the head makes at a time
+
+
+class Decoder:
+    """Decodes the states of one forward pass, with as few calls of block and head as it can.
+
+    Parameters
+    ----------
+    live : Stream
+        Measured, with its head.
+    through_last : bool
+        Send states through the last block first.
+    top : int
+        Of how many most probable tokens to count the overlap; 0 for losses alone.
+    """
+
+    def __init__(self, live: Stream, through_last: bool = True, top: int = 0):
+        self.live, self.through_last, self.top = live, through_last, top
+        self.layers = live.parts.depth + (not through_last)
+        self.together: bool | None = None  # whether the last block takes several layers at once
+        self.states: list[Tensor] = []
+        self.given: tuple[tuple, dict[str, Any]] = ((), {})
+        self.names = Decoded.NAMES if top else Decoded.NAMES[:1]
+
+    def hooks(self) -> tuple[list[tuple[nn.Module, Callable]], list[tuple[nn.Module, Callable]]]:
+        """What to give to :meth:`Stream.run` before a pass that is decoded."""
+        blocks, self.states = self.live.parts.blocks, []
+        keep = self.states.append
+        return [(block, keep) for block in blocks], [(blocks[-1], keep)]
+
+    def watching(self) -> Any:
+        """Remembers what else the last block is given; a context for the same pass."""
+
+        def arguments(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self.given = args, kwargs
+
+        return watched(self.live.parts.blocks[-1:], arguments)
+
+    def decode(self, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
+        """``(tokens, names · layers)`` of those positions of the flattened batch."""
+        ids = inputs["input_ids"].reshape(-1)
+        targets = ids[(rows + 1).clamp(max=len(ids) - 1)]
+        final = self._logits(pick(self.states[-1], rows)) if self.top else None
+        columns: dict[int, Tensor] = {}
+        for layers, states in self._ends(rows):
+            together = states[0] if len(states) == 1 else torch.cat(states)
+            found = self._compare(together, targets.repeat(len(layers)), final)
+            for layer, part in zip(layers, found.split(len(rows)), strict=True):
+                columns[layer] = part
+        whole = torch.stack([columns[layer] for layer in range(self.layers)], 2)
+        return whole.flatten(1)
+
+    def _ends(self, rows: Tensor) -> Iterable[tuple[list[int], list[Tensor]]]:
+        """Some layers, and the states of those positions that go to the norm."""
+        count = self.states[0][..., 0].numel()
+        size = max(1, _TOKENS.get(self.live.device.type, 4096) // count)
+        if not self.through_last:
+            for first in range(0, self.layers, size):
+                layers = list(range(first, min(first + size, self.layers)))
+                yield layers, [pick(self.states[layer], rows) for layer in layers]
+            return
+        yield [self.layers - 1], [pick(self.states[-1], rows)]  # the model's own last step
+        if self.together is None and self.layers > 2:
+            self.together = self._alike()
+        size = size if self.together else 1
+        for first in range(0, self.layers - 1, size):
+            layers = list(range(first, min(first + size, self.layers - 1)))
+            yield layers, [pick(states, rows) for states in self._last(layers)]
+
+    def _last(self, layers: Sequence[int]) -> tuple[Tensor, ...]:
+        """What the last block makes of the states of these layers."""
+        where, batch = self.live.device, len(self.states[0])
+        states = self.states[layers[0]].to(where)
+        args, kwargs = self.given
+        if len(layers) > 1:
+            states = torch.cat([self.states[layer].to(where) for layer in layers])
+            args, kwargs = _repeated((args, kwargs), batch, len(layers))
+        args, kwargs = with_hidden(args, kwargs, states)
+        return tensor(self.live.parts.blocks[-1](*args, **kwargs)).split(batch)
+
+    def _alike(self) -> bool:
+        """Whether the last block does the same to two layers at once as to one after the other.
+
+        What else it is given has one entry for each document in most families, which is
+        repeated for each layer; where that is not so, this is False.
+        """
+        try:
+            both = self._last([0, 1])
+            apart = [*self._last([0]), *self._last([1])]
+        except Exception:  # of whatever kind a shape that does not fit may be
+            return False
+        eps = torch.finfo(apart[0].dtype).eps
+        return all(
+            float((a - b).norm()) <= 64 * eps * float(b.norm())
+            for a, b in zip(both, apart, strict=True)
+        )
+
+    def _logits(self, states: Tensor) -> Tensor:
+        parts = self.live.parts
+        return parts.logits(states.to(device_of(parts.norm or parts.blocks[-1])))
+
+    def _compare(self, states: Tensor, targets: Tensor, final: Tensor | None) -> Tensor:
+        """``(states, names)``: losses and, beside the model's own logits, distance and overlap."""
+        found = []
+        size = max(1, _LOGITS.get(states.device.type, 2**22) // self.live.parts.vocabulary)
+        for start in range(0, len(states), size):
+            some = slice(start, min(start + size, len(states)))
+            logits, goal = self._logits(states[some]), targets[some]
+            goal = goal.to(logits.device)
+            columns = [nn.functional.cross_entropy(logits, goal, reduction="none").double()]
+            if final is not None:
+                at = torch.arange(some.start, some.stop) % len(final)
+                columns += _beside(logits, final[at.to(final.device)].to(logits.device), self.top)
+            found.append(torch.stack(columns, 1).cpu())
+        empty = torch.zeros((0, len(self.names)), dtype=torch.float64)
+        return torch.cat([empty, *found])
+
+
+def _beside(logits: Tensor, final: Tensor, top: int) -> list[Tensor]:
+    """KL(early ‖ final) in nats, and the share of the ``top`` tokens that both have."""
+    early, late = logits.log_softmax(-1), final.log_softmax(-1)
+    distance = (early.exp() * (early - late)).sum(-1).double()
+    count = min(top, logits.shape[-1])
+    ours, theirs = (part.topk(count, -1).indices for part in (logits, final))
+    shared = (ours[:, :, None] == theirs[:, None, :]).any(2).double().mean(1)
+    return [distance, shared]
+
+
+def _repeated(thing: Any, batch: int, times: int) -> Any:
+    """Tensors with a row for each document, once for each layer."""
+    if isinstance(thing, Tensor):
+        several = thing.ndim > 1 and thing.shape[0] == batch > 1
+        return thing.repeat(times, *[1] * (thing.ndim - 1)) if several else thing
+    if isinstance(thing, dict):
+        return {name: _repeated(value, batch, times) for name, value in thing.items()}
+    if type(thing) in (tuple, list):
+        return type(thing)(_repeated(value, batch, times) for value in thing)
+    return thing
+
+
+def next_rows(inputs: Mapping[str, Tensor], keep: Tensor) -> Tensor:
+    """Positions of the flattened batch that count and have a next token."""
+    keep = keep.clone()
+    keep[:, -1] = False
+    if "attention_mask" in inputs:
+        keep[:, :-1] &= inputs["attention_mask"][:, 1:].bool().cpu()
+    return keep.reshape(-1).nonzero().squeeze(1)
 
 
 def decode_early(
@@ -23,6 +173,8 @@ def decode_early(
     *,
     documents: int | None = None,
     through_last: bool = True,
+    top: int = 0,
+    per_token: bool = False,
     mask: str | Callable[[Tensor, Tensor], Tensor] = "next",
     progress: bool | Callable[[int, int | None, float | None], None] = False,
 ) -> pd.DataFrame:
@@ -31,7 +183,8 @@ def decode_early(
     ``h_l`` goes through the last block, the final norm and the head (arXiv 2602.05970,
     figure 2), so that l = ℓ − 1 is the model itself. Each layer costs a block and the
     head, several forward passes together: take a sample of documents, whose standard
-    error the table gives.
+    error the table gives. To record the same documents in the same pass, see ``decode`` of
+    :func:`record`.
 
     Parameters
     ----------
@@ -41,12 +194,19 @@ def decode_early(
         How many to decode, spread evenly over all; all by default.
     through_last : bool
         False leaves the last block out (the logit lens); then l goes up to ℓ.
+    top : int
+        Also compare with the model's own prediction: KL(early ‖ final), and the share of its
+        ``top`` most probable tokens that are among the early ones (arXiv 2505.13898 has 5).
+    per_token : bool
+        Instead, the loss of every token at every layer.
 
     Returns
     -------
     pandas.DataFrame
         ``layer, mean, stderr, std`` of the cross-entropy, in nats per token, errors over
-        documents. ``attrs`` holds ``documents``, ``of`` (how many there were) and ``tokens``.
+        documents; with ``top``, also ``kl, kl_stderr, overlap, overlap_stderr``. ``attrs`` holds
+        ``documents``, ``of`` (how many there were) and ``tokens``. With ``per_token``, a row for
+        each token: ``document, position``, and the loss at layers ``0, 1, …``.
 
     Raises
     ------
@@ -59,52 +219,42 @@ def decode_early(
     >>> from transformers import GPT2Config, GPT2LMHeadModel
     >>> _ = torch.manual_seed(0)
     >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=4, n_layer=3, n_head=2))
-    >>> losses = decode_early(model, [torch.randint(8, (6, 10))], documents=4)
+    >>> losses = decode_early(model, [torch.randint(8, (6, 10))], documents=4, top=5)
     >>> losses["layer"].tolist(), losses.attrs
-    ([0, 1, 2], {'documents': 4, 'of': 6, 'tokens': 36})
+    ([0, 1, 2], {'documents': 4, 'tokens': 36, 'of': 6})
+    >>> float(losses["overlap"].iloc[-1])  # the last layer is the model itself
+    1.0
     """
     live = Stream(model)
     documents = None if documents is None else _checks.count(documents, "documents")
+    decoder = Decoder(live, through_last, _checks.count(top, "top", low=0))
     batches = [live.inputs(b, mask, number) for number, b in enumerate(batches)]
-    chosen, there = _spread(batches, documents)
-    moments = Moments(live.parts.depth + (0 if through_last else 1), joint=False)
+    chosen, there = spread(batches, documents)
+    sums = Decoded(decoder.layers, bool(top))
     report = _runs.Progress(progress, len(chosen), of="batch")
-    tokens = count = 0
+    tables, before = [], 0
     with live.open():
         for number, (inputs, keep) in enumerate(chosen):
-            ids, keep = inputs["input_ids"], keep.clone()
-            keep[:, -1] = False
-            if "attention_mask" in inputs:
-                keep[:, :-1] &= inputs["attention_mask"][:, 1:].bool().cpu()
-            rows = keep.reshape(-1).nonzero().squeeze(1)
+            rows = next_rows(inputs, keep)
             if number == 0:
                 live.measure(inputs, head=True)
-            losses = _losses(live, inputs, rows, through_last)
-            _all_finite(losses, rows, ids.shape[1], number)
-            inside = rows // ids.shape[1] == torch.arange(len(ids))[:, None]
-            inside = inside.double()
-            if moments.n.sum() == 0 and len(rows):
-                moments.shift = losses.mean(0).numpy()
-            losses = losses - torch.from_numpy(moments.shift)
-            moments.add(*(total.numpy() for total in tally(losses, inside)))
-            tokens += len(rows)
-            count += int((inside.sum(1) > 0).sum())
-            report(number + 1, f"{tokens:,} tokens")
-    if tokens == 0:
-        raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
-    table = frame(np.arange(len(moments.n)), moments, slice(None))
-    table.attrs = {"documents": count, "of": there, "tokens": tokens}
-    return table
+            with decoder.watching():
+                live.run(inputs, *decoder.hooks())
+            values = decoder.decode(inputs, rows)
+            shape = tuple(inputs["input_ids"].shape)
+            sums.add(values, rows, shape, number)
+            if per_token:
+                table = pd.DataFrame(values[:, : decoder.layers].numpy())
+                table.insert(0, "document", rows.numpy() // shape[1] + before)
+                table.insert(1, "position", rows.numpy() % shape[1])
+                tables.append(table)
+            before += shape[0]
+            report(number + 1, f"{sums.tokens:,} tokens")
+    whole = sums.table(there)
+    return pd.concat(tables, ignore_index=True) if per_token else whole
 
 
-def _all_finite(losses: Tensor, rows: Tensor, length: int, number: int) -> None:
-    bad = (~torch.isfinite(losses).all(1)).nonzero()
-    if len(bad):
-        row, position = divmod(int(rows[bad[0]]), length)
-        raise FloatingPointError(not_finite(number, "losses", row, position))
-
-
-def _spread(
+def spread(
     batches: list[tuple[dict[str, Tensor], Tensor]], documents: int | None
 ) -> tuple[list[tuple[dict[str, Tensor], Tensor]], int]:
     """Evenly spaced rows of all batches, and how many rows there are."""
@@ -119,46 +269,3 @@ def _spread(
         if len(some):
             result.append(({name: tensor[some] for name, tensor in inputs.items()}, keep[some]))
     return result, there
-
-
-def _losses(live: Stream, inputs: dict[str, Tensor], rows: Tensor, through_last: bool) -> Tensor:
-    """Cross-entropies ``(tokens, layers)`` of the next token, decoded at every layer."""
-    parts, states = live.parts, list[Tensor]()
-    last: dict[str, Any] = {}
-
-    def keep_arguments(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        last.update(args=args, kwargs=kwargs)
-
-    before = [(block, states.append) for block in parts.blocks]
-    after = [(parts.blocks[-1], states.append)]
-    with watched(parts.blocks[-1:], keep_arguments):
-        live.run(inputs, before, after)
-    end, where = states[-1], live.device
-    args, kwargs = last["args"], last["kwargs"]
-
-    def final(number: int) -> Tensor:
-        state = states[number]
-        if not through_last:
-            return state
-        if number == parts.depth - 1:  # the model's own last step
-            return end
-        given, named = with_hidden(args, kwargs, state.to(where))
-        return tensor(parts.blocks[-1](*given, **named))
-
-    targets = inputs["input_ids"].reshape(-1)[(rows + 1).clamp(max=inputs["input_ids"].numel() - 1)]
-    columns = [
-        _cross_entropy(parts, final(number), rows, targets)
-        for number in range(parts.depth + (not through_last))
-    ]
-    return torch.stack(columns, 1)
-
-
-def _cross_entropy(parts: Anatomy, state: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    losses = []
-    size = max(1, 2**24 // parts.vocabulary)
-    norm_at = device_of(parts.norm or parts.blocks[-1])
-    for some, goal in zip(rows.split(size), targets.split(size), strict=True):
-        logits = parts.logits(pick(state, some).to(norm_at))
-        goal = goal.to(logits.device)
-        losses.append(nn.functional.cross_entropy(logits, goal, reduction="none").double().cpu())
-    return torch.cat(losses) if losses else torch.zeros(0, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from depthutil.gram import ratio
 from depthutil.stream import Anatomy, Stream
@@ -47,8 +47,16 @@ class Trace:
         self.written: list[list[Tensor]] = [[] for _ in parts.blocks]
 
 
-def trace_of(live: Stream, inputs: dict[str, Tensor], buffers: Buffers | None = None) -> Trace:
-    """Run a batch, and keep all that is written."""
+Hooks = list[tuple[nn.Module, Callable]]
+
+
+def trace_of(
+    live: Stream,
+    inputs: dict[str, Tensor],
+    buffers: Buffers | None = None,
+    more: tuple[Hooks, Hooks] = ([], []),
+) -> Trace:
+    """Run a batch, and keep all that is written; ``more`` is hooked before and after too."""
     parts, trace = live.parts, Trace(live.parts)
     buffers = Buffers() if buffers is None else buffers
     buffers.used, keep = 0, buffers.keep
@@ -69,7 +77,7 @@ def trace_of(live: Stream, inputs: dict[str, Tensor], buffers: Buffers | None = 
             before.append((block, store("read", number)))
         modules = [write.module for write in writes] or [block]
         after += [(module, store("written", number)) for module in modules]
-    live.run(inputs, before, after)
+    live.run(inputs, [*before, *more[0]], [*after, *more[1]])
     return trace
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from depthutil import _checks, _runs, archive
 from depthutil.stream import Stream, fingerprint
+from depthutil.trajectory.decoding import Decoder, next_rows
 from depthutil.trajectory.passing import Buffers, Writes, gram_matrices, not_finite, trace_of
 from depthutil.trajectory.result import Trajectory, result_of
 from depthutil.trajectory.sums import Sums, read, settings_of
@@ -30,6 +31,8 @@ def record(
     mask: str | Callable[[Tensor, Tensor], Tensor] = "next",
     null: bool = False,
     sample: int = 512,
+    decode: str | None = None,
+    top: int = 0,
     device: str | torch.device | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_seconds: float = 60,
@@ -61,6 +64,11 @@ def record(
         Also compare the updates of each token with the next layer's at another token.
     sample : int
         Of how many documents to keep one token's Gram matrix, see :meth:`Trajectory.grams`.
+    decode : str, optional
+        Decode every layer early in the same pass: ``"last"`` through the last block, or ``"lens"``
+        directly, for :meth:`Trajectory.decoded`. It costs a block and the head for each layer.
+    top : int
+        As for :func:`decode_early`.
     device : str or torch.device, optional
         Where products are taken, by default where the last block is.
     checkpoint : path, optional
@@ -96,10 +104,14 @@ def record(
     >>> recorded.documents, recorded.tokens  # the last position of each does not count
     (6, 114)
     >>> recorded.angles().columns.tolist(), len(recorded.angles())
-    (['layer', 'mean', 'stderr', 'std'], 4)
+    (['layer', 'mean', 'stderr', 'std', 'max'], 4)
     """
     live = Stream(model)
     _checks.word(writes, ("block", "sublayer"), "writes")
+    decoder = None
+    if decode is not None:
+        _checks.word(decode, ("last", "lens"), "decode")
+        decoder = Decoder(live, decode == "last", _checks.count(top, "top", low=0))
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +126,7 @@ def record(
         for number, batch in enumerate(batches):
             inputs, keep = live.inputs(batch, mask, number)
             if sums is None:
-                _measure(live, inputs, writes)
+                _measure(live, inputs, writes, decoder is not None)
                 settings = settings_of(
                     live.parts.depth,
                     writes == "sublayer",
@@ -123,6 +135,8 @@ def record(
                     null=null,
                     sample=sample,
                     per_token=per_token,
+                    decode=decode,
+                    top=top,
                 )
                 sums = Sums(settings)
                 if path is not None:
@@ -136,7 +150,7 @@ def record(
                 if number == done - 1 and digest != reached:
                     raise ValueError(f"{path} is the checkpoint of a recording of other text")
                 continue
-            width = _one_batch(live, inputs, keep, sums, device, number, buffers)
+            width = _one_batch(live, inputs, keep, sums, device, number, buffers, decoder)
             report(number + 1, f"{sums.tokens:,} tokens")
             if path is not None and time.perf_counter() - saved >= checkpoint_seconds:
                 _save(path, identity, digest, sums)
@@ -151,9 +165,9 @@ def record(
     return result_of(sums, name, width)
 
 
-def _measure(live: Stream, inputs: dict[str, Tensor], writes: str) -> None:
+def _measure(live: Stream, inputs: dict[str, Tensor], writes: str, head: bool = False) -> None:
     """Find out on a batch what the parts are, and whether such writes can be recorded of them."""
-    live.measure(inputs)
+    live.measure(inputs, head=head)
     parts = live.parts
     if writes == "sublayer" and not (parts.sublayers and parts.parallel is not None):
         raise ValueError(
@@ -178,18 +192,26 @@ def _one_batch(
     device: torch.device,
     number: int,
     buffers: Buffers,
+    decoder: Decoder | None = None,
 ) -> int:
     """Run the model on one batch and add its tokens; returns the stream's width."""
     rows = keep.reshape(-1).nonzero().squeeze(1)
     ids = inputs["input_ids"]
     document, position = rows // ids.shape[1], rows % ids.shape[1]
-    trace = trace_of(live, inputs, buffers)
+    if decoder is None:
+        trace = trace_of(live, inputs, buffers)
+    else:
+        with decoder.watching():
+            trace = trace_of(live, inputs, buffers, decoder.hooks())
     width = trace.start.shape[-1]
     stack = Writes(live.parts, trace, sums.settings["sublayers"], device)
     groups = gram_matrices(stack, rows, width, sums.settings["null"])
     groups = _finite(groups, document, position, number, device)
     some = (tensor.to(device) for tensor in (document, position, ids.reshape(-1)[rows]))
     sums.add(groups, *some)
+    if decoder is not None and sums.decoded is not None:
+        rows = next_rows(inputs, keep)
+        sums.decoded.add(decoder.decode(inputs, rows), rows, ids.shape, number)
     return width
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from depthutil import archive
 from depthutil.gram import STATISTICS, of_blocks, of_states
-from depthutil.moments import Moments
-from depthutil.trajectory.sums import Sums, read, settings_of
+from depthutil.trajectory.sums import Sums, frame, read, settings_of
 
 GROUP = 512  # tokens whose Gram matrices are evaluated at a time
 
@@ -28,9 +27,9 @@ class Trajectory:
 
     Made by :func:`record`, :meth:`from_states` or :meth:`from_writes`. Tables have a row for
     each ``layer`` and the columns ``mean`` (over all tokens), ``stderr`` (its standard
-    error, with documents as the independent units) and ``std`` (spread over tokens). Angles are
-    in radians. A token for which a number is not defined (the angle of a write that is
-    zero) is left out of that number.
+    error, with documents as the independent units), ``std`` (spread over tokens) and, but for
+    updates of two layers, ``max`` (of any token). Angles are in radians. A token for which a
+    number is not defined (the angle of a write that is zero) is left out of that number.
 
     Layers are numbered as in the formulas: ``h_0`` enters the first block, ``Δ_1`` is
     what that block writes, ``h_l = h_0 + Δ_1 + … + Δ_l``, and ``h_ℓ`` is the last state,
@@ -264,6 +263,34 @@ class Trajectory:
             raise ValueError(f"{self.name} was not recorded with a final norm")
         return self._table("last_angle_after_norm")
 
+    def last_update_angle_after_norm(self) -> pd.DataFrame:
+        """``θ(Δ_{ℓ−1}, norm(h_ℓ) − h_{ℓ−1})``, one row.
+
+        What differences of ``hidden_states`` take for the angle of the last two updates; the
+        last row of :meth:`update_angles` is that of the writes.
+        """
+        if "last_update_angle_after_norm" not in self._sums.layout:
+            raise ValueError(f"{self.name} was not recorded with a final norm and two blocks")
+        return self._table("last_update_angle_after_norm")
+
+    def write_norms(self) -> pd.DataFrame:
+        """``‖a_l‖`` and ``‖m_l‖``, what attention and MLP write, by ``part``."""
+        if "write_norms.mlp" not in self._sums.layout:
+            raise ValueError(f"{self.name} was recorded by the block: record writes='sublayer'")
+        return self._parts("write_norms")
+
+    def decoded(self) -> pd.DataFrame:
+        """The loss decoded at each layer, as :func:`decode_early` gives it for these documents.
+
+        Raises
+        ------
+        ValueError
+            If it was not recorded with ``decode``.
+        """
+        if self._sums.decoded is None:
+            raise ValueError(f"{self.name} was not decoded: record with decode='last' or 'lens'")
+        return self._sums.decoded.table()
+
     def average(
         self,
         statistic: str = "angles",
@@ -377,7 +404,8 @@ class Trajectory:
     def _table(self, statistic: str) -> pd.DataFrame:
         layers, at = self._layers(statistic), slice(*self._sums.layout[statistic])
         moments = self._sums.vectors
-        return frame(layers, moments, at)
+        largest = self._sums.maxima
+        return frame(layers, moments, at, np.where(np.isfinite(largest), largest, np.nan))
 
     def _pairs(self, what: str, lag: int, null: bool) -> pd.DataFrame:
         if null:
@@ -398,18 +426,7 @@ class Trajectory:
         parts = {name.partition(".")[2]: self._table(name) for name in names}
         tables = [frame.assign(part=part) for part, frame in parts.items()]
         table = pd.concat(tables, ignore_index=True)
-        return table[["layer", "part", "mean", "stderr", "std"]]
-
-
-def frame(layers: np.ndarray, moments: Moments, at: Any) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "layer": layers,
-            "mean": moments.mean()[at],
-            "stderr": moments.stderr()[at],
-            "std": moments.std()[at],
-        }
-    )
+        return table[["layer", "part", "mean", "stderr", "std", "max"]]
 
 
 def _of_inputs(

@@ -3,19 +3,94 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from depthutil import _checks
 from depthutil.gram import statistics
 from depthutil.moments import Moments, tally
+from depthutil.trajectory.passing import not_finite
 
 PER_TOKEN = ("norms", "angles", "update_angles")
+
+
+def frame(
+    layers: np.ndarray, moments: Moments, at: Any, maxima: np.ndarray | None = None
+) -> pd.DataFrame:
+    """A table by layer of means, errors, spread and, where they were kept, maxima."""
+    table = {
+        "layer": layers,
+        "mean": moments.mean()[at],
+        "stderr": moments.stderr()[at],
+        "std": moments.std()[at],
+    }
+    return pd.DataFrame(table if maxima is None else table | {"max": maxima[at]})
+
+
+class Decoded:
+    """Sums over tokens and documents of what is decoded early.
+
+    Parameters
+    ----------
+    layers : int
+    compared : bool
+        Whether distance and overlap are there beside the loss.
+    """
+
+    NAMES = ("loss", "kl", "overlap")
+
+    def __init__(self, layers: int, compared: bool = False):
+        self.names, self.layers = self.NAMES[: 3 if compared else 1], layers
+        self.moments = Moments(len(self.names) * layers, joint=False)
+        self.tokens = self.documents = 0
+
+    def add(self, values: Tensor, rows: Tensor, shape: Sequence[int], number: int) -> None:
+        """Add a batch of ``shape``; ``values`` of those rows of it."""
+        bad = (~torch.isfinite(values).all(1)).nonzero()
+        if len(bad):
+            row, position = divmod(int(rows[bad[0]]), shape[1])
+            raise FloatingPointError(not_finite(number, "losses", row, position))
+        inside = (rows // shape[1] == torch.arange(shape[0])[:, None]).double()
+        if self.tokens == 0 and len(rows):
+            self.moments.shift = values.mean(0).numpy()
+        values = values - torch.from_numpy(self.moments.shift)
+        self.moments.add(*(total.numpy() for total in tally(values, inside)))
+        self.tokens += len(rows)
+        self.documents += int((inside.sum(1) > 0).sum())
+
+    def table(self, there: int | None = None) -> pd.DataFrame:
+        """As :func:`decode_early` returns it."""
+        if self.tokens == 0:
+            raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
+        layers, table = np.arange(self.layers), None
+        for place, name in enumerate(self.names):
+            at = slice(place * self.layers, (place + 1) * self.layers)
+            part = frame(layers, self.moments, at)
+            if table is None:
+                table = part
+            else:
+                table[name], table[f"{name}_stderr"] = part["mean"], part["stderr"]
+        assert table is not None
+        table.attrs = {"documents": self.documents, "tokens": self.tokens}
+        table.attrs["of"] = self.documents if there is None else there
+        return table
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything as arrays, for a checkpoint."""
+        arrays = {f"decoded.{name}": getattr(self.moments, name) for name in Moments.names}
+        return arrays | {"decoded.counts": np.array([self.tokens, self.documents])}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take over what :meth:`state` gave."""
+        for name in Moments.names:
+            setattr(self.moments, name, arrays[f"decoded.{name}"])
+        self.tokens, self.documents = (int(n) for n in arrays["decoded.counts"])
 
 
 class Sums:
@@ -26,11 +101,16 @@ class Sums:
         self.tokens = self.documents = self.batches = 0
         self.layout: dict[str, tuple[int, int]] = {}
         self.vectors = self.pairs = Moments(0, joint=False)  # until the first tokens are seen
+        self.maxima = np.zeros(0)  # of what ``vectors`` are means of
         rows = 1 + settings["depth"] * (2 if settings["sublayers"] else 1)
         self.gram = np.zeros((rows, rows))
         self.priority, self.sampled = np.zeros(0), np.zeros((0, rows, rows))
         self.sampled_from = np.zeros((0, 2), dtype=np.int64)  # document, position
         self.kept: dict[str, list[np.ndarray]] = {}
+        self.decoded: Decoded | None = None
+        if settings.get("decode"):
+            layers = settings["depth"] + (settings["decode"] == "lens")
+            self.decoded = Decoded(layers, bool(settings["top"]))
 
     def add(
         self,
@@ -62,6 +142,8 @@ class Sums:
             for part, moments in zip(parts, (self.vectors, self.pairs), strict=True):
                 new += tally(part - torch.as_tensor(moments.shift, device=device), inside)
             totals = new if totals is None else [a + b for a, b in zip(totals, new, strict=True)]
+            largest = parts[0].nan_to_num(nan=-torch.inf).amax(0).cpu().numpy()
+            self.maxima = np.maximum(self.maxima, largest)
             hit = (chosen >= start) & (chosen < stop)
             picked = torch.as_tensor(chosen[hit] - start, device=device)
             picked = gram[picked, : len(self.gram), : len(self.gram)]
@@ -99,6 +181,7 @@ class Sums:
         }
         self.vectors = Moments(parts[0].shape[1], joint=True)
         self.pairs = Moments(parts[1].shape[1], joint=False)
+        self.maxima = np.full(parts[0].shape[1], -np.inf)
         for part, moments in zip(parts, (self.vectors, self.pairs), strict=True):
             moments.shift = torch.nan_to_num(part.nanmean(0)).cpu().numpy()
 
@@ -133,19 +216,21 @@ class Sums:
 
     def state(self) -> dict[str, np.ndarray]:
         """Everything as arrays, for a checkpoint."""
-        arrays = {n: getattr(self, n) for n in ("gram", "priority", "sampled", "sampled_from")}
+        names = ("gram", "priority", "sampled", "sampled_from", "maxima")
+        arrays = {name: getattr(self, name) for name in names}
         for part in ("vectors", "pairs"):
             moments = getattr(self, part)
             if self.layout:
                 arrays |= {f"{part}.{name}": getattr(moments, name) for name in Moments.names}
         arrays |= {f"kept.{name}": np.concatenate(parts) for name, parts in self.kept.items()}
+        arrays |= {} if self.decoded is None else self.decoded.state()
         counts = {n: getattr(self, n) for n in ("tokens", "documents", "batches", "layout")}
         arrays["counts"] = np.array(json.dumps(counts))
         return arrays
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over what :meth:`state` gave."""
-        for name in ("gram", "priority", "sampled", "sampled_from"):
+        for name in ("gram", "priority", "sampled", "sampled_from", "maxima"):
             setattr(self, name, arrays[name])
         for name, value in json.loads(str(arrays["counts"])).items():
             setattr(self, name, value)
@@ -156,6 +241,8 @@ class Sums:
                 for name in Moments.names:
                     setattr(moments, name, arrays[f"{part}.{name}"])
                 setattr(self, part, moments)
+        if self.decoded is not None:
+            self.decoded.restore(arrays)
         kept = [name for name in arrays if name.startswith("kept.")]
         self.kept = {name.removeprefix("kept."): [arrays[name]] for name in kept}
 
@@ -169,8 +256,12 @@ def settings_of(
     null: bool = False,
     sample: int = 512,
     per_token: bool = False,
+    decode: str | None = None,
+    top: int = 0,
 ) -> dict[str, Any]:
-    return {
+    """What decides how a corpus is summed up, as JSON holds it."""
+    more = {} if decode is None else {"decode": decode, "top": top}
+    return more | {
         "depth": depth,
         "sublayers": sublayers,
         "parallel": parallel,
