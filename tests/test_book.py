@@ -224,6 +224,12 @@ def test_no_two_chapters_define_the_same():
                     seen[body] = page
 
 
+def test_chapters_leave_slopes_to_the_package():
+    for page in PAGES:
+        for cell in _source_cells(page):
+            assert "polyfit" not in cell.source, f"{page}: use depthutil.powerlaw.fit"
+
+
 #: What the longest chapter has. They are to become shorter: lower these when one has.
 MOST = {"lines": 1_120, "lines of code": 580, "open lines of code": 330, "words": 6_200}
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import jupytext
 import nbformat
 import notebooks
 import psutil
@@ -233,6 +234,21 @@ def test_every_module_of_depthutil_is_found():
         if parts != ("__init__",) and "_archived" not in parts:
             name = ".".join(parts).removesuffix(".__init__")
             assert name in notebooks.modules(f"import depthutil.{name}")
+
+
+def test_a_change_in_a_wing_runs_the_chapters_that_use_it():
+    """Whichever of its files changes, and none but these chapters."""
+    code = {}
+    for page in filter(notebooks.is_notebook, notebooks.pages()):
+        cells = jupytext.read(ROOT / f"{page}.md").cells
+        python = [c.source for c in cells if c.cell_type == "code" and c.source[:2] != "%%"]
+        code[page] = notebooks.modules("\n".join(python))
+    for wing in ("stream", "trajectory", "toy", "ladder", "scaling"):
+        users = {page for page, modules in code.items() if wing in modules}
+        assert users and users < set(code)
+        # What a wing imports when it is needed, its __init__ does not name.
+        for path in (ROOT / "depthutil" / wing).glob("[!_]*.py"):
+            assert {p for p, m in code.items() if f"{wing}.{path.stem}" in m} == users, path
 
 
 # Whose repository -----------------------------------------------------------------------

@@ -25,6 +25,9 @@ EXPONENTS = np.arange(0.02, 4, 0.02)
 class DepthFamily:
     """Losses of models of several depths, with one floor for each seed.
 
+    Residuals are of losses, in nats, as training noise is; :func:`fit` with ``law="depth"`` takes
+    them of logarithms, has one floor, and so answers a little differently.
+
     Parameters
     ----------
     points : pandas.DataFrame
