@@ -202,6 +202,40 @@ class Profile:
     level: float
     threshold: float
 
+    def plot(self, ax: Any = None, **style: Any) -> Any:
+        """Draw the deviance, its threshold and the interval.
+
+        Parameters
+        ----------
+        ax : matplotlib.axes.Axes, optional
+            A new one by default.
+        **style
+            Passed to :meth:`matplotlib.axes.Axes.plot`, for the curve.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Examples
+        --------
+        >>> from depthutil.scaling import load_chinchilla
+        >>> law = fit(load_chinchilla(), law="params-data")
+        >>> law.profile("alpha_params", points=5).plot().get_ylabel()
+        'deviance (misfit)'
+        """
+        import matplotlib.pyplot as plt
+
+        from depthutil import figures
+
+        ax = plt.subplots()[1] if ax is None else ax
+        ax.plot(self.table["value"], self.table["deviance"], **{"color": figures.INK} | style)
+        ax.axhline(self.threshold, color=figures.MUTED, ls="--", lw=1.1)
+        low, high = self.interval
+        high = min(high, self.table["value"].max())  # where there is an end
+        ax.axvspan(low, high, color=figures.COLORS["blue"], alpha=0.12, lw=0)
+        ax.set(xlabel=self.name, ylabel="deviance (misfit)")
+        return ax
+
 
 @dataclass(frozen=True, eq=False)
 class ScalingFit:

@@ -343,6 +343,39 @@ class Trajectory:
             }
         )
 
+    def plot(self, statistic: str = "angles", ax: Any = None, **style: Any) -> Any:
+        """Draw a statistic against layers, with two standard errors.
+
+        Parameters
+        ----------
+        statistic : str
+            A key of :data:`depthutil.gram.STATISTICS` that this trajectory has.
+        ax : matplotlib.axes.Axes, optional
+            A new one by default.
+        **style
+            As for :func:`depthutil.figures.against_depth`; the label is the trajectory's name.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Examples
+        --------
+        >>> walk = np.random.default_rng(0).standard_normal((9, 50, 16)).cumsum(axis=0)
+        >>> ax = Trajectory.from_states(walk).plot("update_norms")
+        >>> ax.get_xlabel(), ax.get_ylabel(), len(ax.lines)
+        ('layer', 'update norms', 1)
+        """
+        import matplotlib.pyplot as plt
+
+        from depthutil import figures
+
+        table = self._table(statistic)
+        ax = plt.subplots()[1] if ax is None else ax
+        figures.against_depth(ax, table, **{"label": self.name} | style)
+        ax.set(xlabel="layer", ylabel=statistic.replace("_", " ").replace(".", ", "))
+        return ax
+
     def grams(self, first: int = 1, last: int | None = None) -> np.ndarray:
         """Gram matrices of one random token of each document, of a sample of documents.
 
