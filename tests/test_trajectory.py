@@ -913,3 +913,15 @@ def test_what_cannot_be_decoded_is_said():
         trajectory.record(build("llama"), corpus(), decode="all")
     with pytest.raises(ValueError, match="has no head"):
         trajectory.record(build("llama").model, corpus(), decode="last")
+
+
+def test_files_of_before_maxima_were_kept_are_read_without_them(tmp_path):
+    model, path = build("llama"), tmp_path / "old.npz"
+    whole = trajectory.record(model, corpus())
+    whole.save(path)
+    arrays = dict(np.load(path))
+    del arrays["maxima"]
+    np.savez(path, **arrays)
+    old = trajectory.Trajectory.load(path)
+    assert old.angles().drop(columns="max").equals(whole.angles().drop(columns="max"))
+    assert old.angles()["max"].isna().all() and whole.angles()["max"].notna().all()

@@ -230,7 +230,7 @@ class Sums:
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Take over what :meth:`state` gave."""
-        for name in ("gram", "priority", "sampled", "sampled_from", "maxima"):
+        for name in ("gram", "priority", "sampled", "sampled_from"):
             setattr(self, name, arrays[name])
         for name, value in json.loads(str(arrays["counts"])).items():
             setattr(self, name, value)
@@ -241,6 +241,9 @@ class Sums:
                 for name in Moments.names:
                     setattr(moments, name, arrays[f"{part}.{name}"])
                 setattr(self, part, moments)
+        # Files of before maxima were kept do not know them, and what goes on from one never will.
+        unknown = np.full(len(self.vectors.n), np.nan)
+        self.maxima = arrays.get("maxima", unknown)
         if self.decoded is not None:
             self.decoded.restore(arrays)
         kept = [name for name in arrays if name.startswith("kept.")]
