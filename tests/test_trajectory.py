@@ -862,6 +862,28 @@ def test_layers_together_are_the_layers_one_by_one(monkeypatch):
         assert np.allclose(together["mean"], apart["mean"], rtol=1e-6)
 
 
+def test_layers_are_taken_together_only_where_that_was_seen_for_the_shape():
+    """As many positions as documents: what is shared looks like a row for each document."""
+    model = build("llama")
+    block, mixing = model.model.layers[-1], torch.rand(4, 4).tril()
+    own = block.self_attn.forward
+
+    def forward(hidden_states, *args, mixing, **kwargs):
+        out, weights = own(hidden_states, *args, **kwargs)
+        return out + mixing @ hidden_states, weights
+
+    def give(module, args, kwargs):
+        return args, {**kwargs, "mixing": kwargs.get("mixing", mixing)}
+
+    block.register_forward_pre_hook(give, with_kwargs=True)
+    block.self_attn.forward = forward
+    batches = [tokens(1, 4), tokens(4, 4)]
+    both = trajectory.decode_early(model, batches, per_token=True)
+    for number, rows in enumerate([slice(0, 3), slice(3, None)]):
+        alone = trajectory.decode_early(model, batches[number : number + 1], per_token=True)
+        assert np.allclose(both.iloc[rows, 2:], alone.iloc[:, 2:], rtol=1e-6)
+
+
 def test_a_block_that_cannot_take_layers_together_takes_them_alone():
     model = build("llama")
     block = model.model.layers[-1]

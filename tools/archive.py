@@ -44,6 +44,7 @@ import os
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -63,7 +64,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Config = toy.ToyConfig
 
 
-class Run:
+class Run(ABC):
     """A measurement in shards, each with a name and a file of its own."""
 
     names: Sequence[str]
@@ -72,9 +73,9 @@ class Run:
     def path(self, i: int, folder: Path) -> Path:
         return folder / f"{self.names[i]}{self.ending}"
 
+    @abstractmethod
     def make(self, i: int, path: Path, args: argparse.Namespace) -> None:
         """Go on with a shard to its end."""
-        raise NotImplementedError
 
     def status(self, i: int, path: Path) -> str:
         about = archive.load(path).provenance
@@ -83,9 +84,9 @@ class Run:
     def finished(self, i: int, path: Path) -> bool:
         return True
 
+    @abstractmethod
     def assemble(self, done: dict[int, Path], args: argparse.Namespace) -> list[Path]:
         """Write the archive from the shards that are finished."""
-        raise NotImplementedError
 
     def some(self, count: int) -> str:
         """What a caption adds if shards are missing."""
@@ -346,8 +347,9 @@ class Probes(Run):
     ending = ".updates.parquet"
     output: str
 
+    @abstractmethod
     def config(self, i: int) -> Config:
-        raise NotImplementedError
+        """What a shard trains."""
 
     def save(self, path: Path, found: list[tuple[dict, toy.probing.Probed]], i: int, begin: float):
         config = self.config(i)
@@ -411,7 +413,7 @@ class Updates(Probes):
     def make(self, i, path, args):
         if path.exists():
             return
-        name, part, found, begin = self.names[i], self.config(i), [], time.perf_counter()
+        name, found, begin = self.names[i], [], time.perf_counter()
         part = self.parts[name]
         c, shapes = part.config, [part.config]
         if part.units:  # the learning rate goes with the units, which are all the same

@@ -23,6 +23,20 @@ from torch import Tensor, nn
 
 from depthutil import _checks, _runs
 
+__all__ = [
+    "GRID",
+    "Layer",
+    "Network",
+    "ToyConfig",
+    "inputs",
+    "losses",
+    "rms",
+    "student_weights",
+    "targets",
+    "teacher_weights",
+    "train_plainly",
+]
+
 #: What names a student; with ``step`` and ``loss``, the columns of ``ToyResult.losses``.
 GRID = ("teacher", "rho", "temperature", "depth", "seed")
 

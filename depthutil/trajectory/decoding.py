@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from depthutil import _checks, _runs
 from depthutil.stream import Stream, device_of, tensor, watched, with_hidden
+from depthutil.stream.adding import differ
 from depthutil.trajectory.passing import pick
 from depthutil.trajectory.sums import Decoded
 
@@ -37,10 +38,10 @@ class Decoder:
     def __init__(self, live: Stream, through_last: bool = True, top: int = 0):
         self.live, self.through_last, self.top = live, through_last, top
         self.layers = live.parts.depth + (not through_last)
-        self.together: bool | None = None  # whether the last block takes several layers at once
+        # Whether the last block takes several layers of batches of that shape at once.
+        self.together: dict[torch.Size, bool] = {}
         self.states: list[Tensor] = []
         self.given: tuple[tuple, dict[str, Any]] = ((), {})
-        self.names = Decoded.NAMES if top else Decoded.NAMES[:1]
 
     def hooks(self) -> tuple[list[tuple[nn.Module, Callable]], list[tuple[nn.Module, Callable]]]:
         """What to give to :meth:`Stream.run` before a pass that is decoded."""
@@ -58,34 +59,38 @@ class Decoder:
 
     def decode(self, inputs: Mapping[str, Tensor], rows: Tensor) -> Tensor:
         """``(tokens, names · layers)`` of those positions of the flattened batch."""
+        if not len(rows):
+            return torch.zeros((0, self.layers * (3 if self.top else 1)), dtype=torch.float64)
         ids = inputs["input_ids"].reshape(-1)
         targets = ids[(rows + 1).clamp(max=len(ids) - 1)]
-        final = self._logits(pick(self.states[-1], rows)) if self.top else None
-        columns: dict[int, Tensor] = {}
-        for layers, states in self._ends(rows):
-            together = states[0] if len(states) == 1 else torch.cat(states)
-            found = self._compare(together, targets.repeat(len(layers)), final)
-            for layer, part in zip(layers, found.split(len(rows)), strict=True):
-                columns[layer] = part
-        whole = torch.stack([columns[layer] for layer in range(self.layers)], 2)
-        return whole.flatten(1)
+        ends = self._ends(rows)
+        self.states, self.given = [], ((), {})
+        # Some positions at a time, and as many layers of them as the head takes.
+        size = max(1, _LOGITS.get(self.live.device.type, 2**22) // self.live.parts.vocabulary)
+        found = []
+        for first in range(0, len(rows), size):
+            goal = targets[first : first + size]
+            here = [states[first : first + size] for states in ends]
+            final = self._logits(here[-1]) if self.top else None
+            several = size // len(goal)
+            groups = [here[i : i + several] for i in range(0, self.layers, several)]
+            found.append(torch.cat([self._compare(group, goal, final) for group in groups], 1))
+        return torch.cat(found, 2).permute(2, 0, 1).flatten(1)
 
-    def _ends(self, rows: Tensor) -> Iterable[tuple[list[int], list[Tensor]]]:
-        """Some layers, and the states of those positions that go to the norm."""
-        count = self.states[0][..., 0].numel()
-        size = max(1, _TOKENS.get(self.live.device.type, 4096) // count)
+    def _ends(self, rows: Tensor) -> list[Tensor]:
+        """For each layer, the states of those positions that go to the norm."""
         if not self.through_last:
-            for first in range(0, self.layers, size):
-                layers = list(range(first, min(first + size, self.layers)))
-                yield layers, [pick(self.states[layer], rows) for layer in layers]
-            return
-        yield [self.layers - 1], [pick(self.states[-1], rows)]  # the model's own last step
-        if self.together is None and self.layers > 2:
-            self.together = self._alike()
-        size = size if self.together else 1
-        for first in range(0, self.layers - 1, size):
-            layers = list(range(first, min(first + size, self.layers - 1)))
-            yield layers, [pick(states, rows) for states in self._last(layers)]
+            return [pick(states, rows).to(self.live.device) for states in self.states]
+        shape = self.states[0].shape[:-1]
+        size = max(1, _TOKENS.get(self.live.device.type, 4096) // shape.numel())
+        others = range(self.layers - 1)  # the model's own last step is known
+        if size > 1 and len(others) > 1:
+            if shape not in self.together:
+                self.together[shape] = self._alike()
+            size = size if self.together[shape] else 1
+        groups = [others[i : i + size] for i in range(0, len(others), size)]
+        ends = [pick(states, rows) for group in groups for states in self._last(group)]
+        return [*ends, pick(self.states[-1], rows)]
 
     def _last(self, layers: Sequence[int]) -> tuple[Tensor, ...]:
         """What the last block makes of the states of these layers."""
@@ -109,31 +114,21 @@ class Decoder:
             apart = [*self._last([0]), *self._last([1])]
         except Exception:  # of whatever kind a shape that does not fit may be
             return False
-        eps = torch.finfo(apart[0].dtype).eps
-        return all(
-            float((a - b).norm()) <= 64 * eps * float(b.norm())
-            for a, b in zip(both, apart, strict=True)
-        )
+        return not any(differ(b, a, b.dtype) for a, b in zip(both, apart, strict=True))
 
     def _logits(self, states: Tensor) -> Tensor:
         parts = self.live.parts
         return parts.logits(states.to(device_of(parts.norm or parts.blocks[-1])))
 
-    def _compare(self, states: Tensor, targets: Tensor, final: Tensor | None) -> Tensor:
-        """``(states, names)``: losses and, beside the model's own logits, distance and overlap."""
-        found = []
-        size = max(1, _LOGITS.get(states.device.type, 2**22) // self.live.parts.vocabulary)
-        for start in range(0, len(states), size):
-            some = slice(start, min(start + size, len(states)))
-            logits, goal = self._logits(states[some]), targets[some]
-            goal = goal.to(logits.device)
-            columns = [nn.functional.cross_entropy(logits, goal, reduction="none").double()]
-            if final is not None:
-                at = torch.arange(some.start, some.stop) % len(final)
-                columns += _beside(logits, final[at.to(final.device)].to(logits.device), self.top)
-            found.append(torch.stack(columns, 1).cpu())
-        empty = torch.zeros((0, len(self.names)), dtype=torch.float64)
-        return torch.cat([empty, *found])
+    def _compare(self, states: list[Tensor], targets: Tensor, final: Tensor | None) -> Tensor:
+        """``(names, layers, tokens)``: losses; beside the final logits, distance and overlap."""
+        logits = self._logits(torch.cat(states))
+        goal = targets.to(logits.device).repeat(len(states))
+        losses = nn.functional.cross_entropy(logits, goal, reduction="none")
+        found = [losses.double().view(len(states), -1)]
+        if final is not None:
+            found += _beside(logits.reshape(len(states), *final.shape), final, self.top)
+        return torch.stack(found).cpu()
 
 
 def _beside(logits: Tensor, final: Tensor, top: int) -> list[Tensor]:
@@ -142,7 +137,7 @@ def _beside(logits: Tensor, final: Tensor, top: int) -> list[Tensor]:
     distance = (early.exp() * (early - late)).sum(-1).double()
     count = min(top, logits.shape[-1])
     ours, theirs = (part.topk(count, -1).indices for part in (logits, final))
-    shared = (ours[:, :, None] == theirs[:, None, :]).any(2).double().mean(1)
+    shared = (ours[..., :, None] == theirs[..., None, :]).any(-1).double().mean(-1)
     return [distance, shared]
 
 

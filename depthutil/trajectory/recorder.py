@@ -270,12 +270,17 @@ def writes_of(model: nn.Module, batch: Any, writes: str = "block") -> Tensor:
     live = Stream(model)
     _checks.word(writes, ("block", "sublayer"), "writes")
     inputs, _ = live.inputs(batch)
-    rows = torch.arange(inputs["input_ids"].numel())
     with live.open():
         _measure(live, inputs, writes)
-        trace = trace_of(live, inputs)
-        stack = Writes(live.parts, trace, writes == "sublayer", product_device(live))
-        out = stack.fill(stack.empty(len(rows), trace.start.shape[-1]), slice(None), after=False)
+        return _vectors(live, inputs, writes)
+
+
+def _vectors(live: Stream, inputs: dict[str, Tensor], writes: str) -> Tensor:
+    """As :func:`writes_of`, of a model that is measured and open."""
+    trace = trace_of(live, inputs)
+    stack = Writes(live.parts, trace, writes == "sublayer", product_device(live))
+    empty = stack.empty(inputs["input_ids"].numel(), trace.start.shape[-1])
+    out = stack.fill(empty, slice(None), after=False)
     return out[:, : stack.rows].transpose(0, 1).unflatten(1, inputs["input_ids"].shape)
 
 
@@ -333,15 +338,19 @@ def sample_writes(
     """
     each = _checks.count(per_document, "per_document")
     rng, live = torch.Generator().manual_seed(seed), Stream(model)
+    _checks.word(writes, ("block", "sublayer"), "writes")
     vectors, ids, documents = [], [], list[Tensor]()
-    for number, batch in enumerate(batches):
-        inputs, real = live.inputs(batch, "all", number)
-        written = writes_of(model, batch, writes).cpu()[1:]
-        for row, mask in enumerate(real):
-            at = 1 + torch.randperm(max(int(mask.sum()) - 2, 0), generator=rng)[:each]
-            vectors.append(written[:, row, at].float())
-            ids.append(inputs["input_ids"][row, at])
-            documents.append(torch.full_like(at, len(documents)))
+    with live.open():
+        for number, batch in enumerate(batches):
+            inputs, real = live.inputs(batch, "all", number)
+            if number == 0:
+                _measure(live, inputs, writes)
+            written = _vectors(live, inputs, writes).cpu()[1:]
+            for row, mask in enumerate(real):
+                at = 1 + torch.randperm(max(int(mask.sum()) - 2, 0), generator=rng)[:each]
+                vectors.append(written[:, row, at].float())
+                ids.append(inputs["input_ids"][row, at])
+                documents.append(torch.full_like(at, len(documents)))
     if not vectors:
         raise ValueError("there are no batches: give one at least")
     return Sample(torch.cat(vectors, 1), torch.cat(ids), torch.cat(documents))

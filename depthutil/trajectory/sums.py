@@ -68,15 +68,11 @@ class Decoded:
         """As :func:`decode_early` returns it."""
         if self.tokens == 0:
             raise ValueError("no position counts: batches are empty, or the mask leaves nothing")
-        layers, table = np.arange(self.layers), None
-        for place, name in enumerate(self.names):
-            at = slice(place * self.layers, (place + 1) * self.layers)
-            part = frame(layers, self.moments, at)
-            if table is None:
-                table = part
-            else:
-                table[name], table[f"{name}_stderr"] = part["mean"], part["stderr"]
-        assert table is not None
+        layers, n = np.arange(self.layers), self.layers
+        table = frame(layers, self.moments, slice(0, n))
+        for place, name in enumerate(self.names[1:], 1):
+            part = frame(layers, self.moments, slice(place * n, (place + 1) * n))
+            table[name], table[f"{name}_stderr"] = part["mean"], part["stderr"]
         table.attrs = {"documents": self.documents, "tokens": self.tokens}
         table.attrs["of"] = self.documents if there is None else there
         return table
