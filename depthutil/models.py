@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from depthutil import _checks, archive, corpus
+from depthutil.gguf_file import PACKAGED, converted
 
 # Their former place, for notebooks that import them from here.
 from depthutil.stream import FAMILIES as FAMILIES
@@ -46,18 +47,26 @@ class Loaded(NamedTuple):
 
 
 def available() -> list[str]:
-    """Names of the models that come with the book and need no network.
+    """Names of the models that are here and need no network.
+
+    They are the depth ladder's, and those of ``gguf_file.PACKAGED`` whose wheel is installed.
 
     Examples
     --------
     >>> all(isinstance(name, str) for name in available())
     True
     """
+    packaged = [name for name, model in PACKAGED.items() if model.path is not None]
+    return sorted([*_trained_here(), *packaged])
+
+
+def _trained_here() -> list[str]:
+    """The models of this project."""
     try:
         folder = archive.find("models")
     except FileNotFoundError:
         return []
-    return sorted(config.parent.name for config in folder.glob("*/config.json"))
+    return [config.parent.name for config in folder.glob("*/config.json")]
 
 
 def load(
@@ -73,8 +82,9 @@ def load(
     Parameters
     ----------
     name_or_path : str or path
-        A name from :func:`available`, a folder, or a name on the Hugging Face hub such as
-        ``"EleutherAI/pythia-410m"``. Offline, the hub's local cache is used.
+        A name from :func:`available`, a folder, a GGUF file, or a name on the Hugging Face hub
+        such as ``"EleutherAI/pythia-410m"``. Offline, the hub's local cache is used. A GGUF file
+        is converted at its first use and kept: :func:`depthutil.gguf_file.converted`.
     device : str or torch.device, optional
         By default the GPU, where there is one.
     dtype : str or torch.dtype, optional
@@ -97,12 +107,14 @@ def load(
     ------
     FileNotFoundError
         If the model is not on this machine and the hub cannot be reached; the message
-        names the models that need no network.
+        names the models that need no network. Or if its wheel is not installed; the message
+        says how to.
     ValueError
         If the hub has no such model, files are damaged or lack weights (which would be random),
         the model brings code of its own, or arguments contradict each other.
     ImportError
-        If ``transformers`` (or, for ``device_map``, ``accelerate``) is not installed.
+        If ``transformers`` (or, for ``device_map``, ``accelerate``, and for a GGUF file both
+        that and ``gguf``) is not installed.
 
     Examples
     --------
@@ -116,7 +128,8 @@ def load(
             f"device_map={device_map!r} needs accelerate: pip install accelerate, or give device="
         )
     dtype = _as_dtype(dtype)
-    folder = _folder(name_or_path)
+    with _quiet(transformers):
+        folder = _folder(name_or_path)
     where = str(name_or_path) if folder is None else str(folder)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     options["local_files_only"] = folder is not None or not _hub_has(where, revision)
@@ -141,6 +154,8 @@ def load(
                 raise FileNotFoundError(_offline(where)) from error
             raise _why_not(where, folder, error) from error
     _check_weights(where, info)
+    if str(name_or_path) in available():
+        model.config.name_or_path = str(name_or_path)  # and not the folder that it is kept in
     return Loaded((model if device_map is not None else model.to(device)).eval(), tokenizer)
 
 
@@ -223,7 +238,14 @@ def _folder(name_or_path: str | os.PathLike) -> Path | None:
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-    elif str(name_or_path) in available():
+    elif str(name_or_path) in PACKAGED:
+        packaged = PACKAGED[str(name_or_path)]
+        return converted(packaged.located(), packaged.name)
+    elif path.suffix == ".gguf":
+        if path.is_file():
+            return converted(path)
+        raise FileNotFoundError(f"there is no file {path}")
+    elif str(name_or_path) in _trained_here():
         return archive.find(f"models/{name_or_path}")
     elif isinstance(name_or_path, str) and len(path.parts) <= 2 and not path.is_absolute():
         return None
@@ -255,9 +277,10 @@ def _hub_has(name: str, revision: str | None, kind: str = "model") -> bool:
 def _offline(name: str) -> str:
     names = available()
     here = ", ".join(names) if names else "no models yet (make ladder trains them)"
+    more = [model.install for name, model in PACKAGED.items() if name not in names]
     return (
         f"{name!r} is not on this machine, and the Hugging Face hub cannot be reached: "
-        f"available offline are {here}"
+        f"available offline are {here}" + "".join(f"; {line} brings another" for line in more)
     )
 
 
@@ -301,7 +324,7 @@ def _quiet(transformers: ModuleType) -> Iterator[None]:
 
 # Text -----------------------------------------------------------------------------------
 
-HELD_OUT = "held-out"
+HELD_OUT, PROSE = "held-out", "prose"
 #: The part of a data set that is streamed, where the whole is too large to be listed.
 SUBSETS = {"HuggingFaceFW/fineweb": "sample-10BT"}
 
@@ -319,10 +342,12 @@ def texts(
         How many; fewer where there are no more.
     source : str, optional
         ``"held-out"``: text that the book's models have not seen, from Python's own library,
-        cut to pieces (``ladder.held_out``). Or a folder of text files, or a data set with a
-        column ``text`` on the Hugging Face hub, which is streamed. By default
-        ``"held-out"`` for the models of :func:`available`, and for others the web pages of
-        ``"HuggingFaceFW/fineweb"``, as in arXiv 2602.05970, appendix A.
+        cut to pieces (:func:`depthutil.corpus.held_out`). ``"prose"``: English that every
+        Python carries, whole documents (:func:`depthutil.corpus.prose`). A folder of text
+        files. Or a data set with a column ``text`` on the Hugging Face hub, which is streamed.
+        By default ``"held-out"`` for the models of this project, ``"prose"`` for those of
+        ``gguf_file.PACKAGED``, and for others the web pages of ``"HuggingFaceFW/fineweb"``, as
+        in arXiv 2602.05970, appendix A.
     length : int
         Longest piece of held-out text, in tokens of the book's models. Pieces are taken evenly
         from all documents; those of one document are not quite independent. Other
@@ -348,9 +373,13 @@ def texts(
     """
     count, length = _checks.count(count, "count"), _checks.count(length, "length")
     if source is None:
-        source = HELD_OUT if str(model) in available() else "HuggingFaceFW/fineweb"
+        source = HELD_OUT if str(model) in _trained_here() else "HuggingFaceFW/fineweb"
+        source = PROSE if str(model) in PACKAGED else source
     if source == HELD_OUT:
         return _held_out(count, length)
+    found = corpus.prose() if source == PROSE else corpus.files(source)
+    if found:
+        return [document.text for document in found[:count]]
     return _streamed(source, count)
 
 
@@ -368,7 +397,7 @@ def _streamed(source: str, count: int) -> list[str]:
     except ImportError as error:
         raise ImportError(
             f"texts of {source!r} are streamed with datasets: pip install datasets, or take "
-            f"source={HELD_OUT!r}"
+            f"source={PROSE!r} or {HELD_OUT!r}"
         ) from error
     local = Path(source).is_dir()
     if local and not any(Path(source).iterdir()):
@@ -376,7 +405,7 @@ def _streamed(source: str, count: int) -> list[str]:
     if not local and not _hub_has(source, None, kind="dataset"):
         raise ConnectionError(
             f"the Hugging Face hub cannot be reached, so that {source!r} cannot be streamed: "
-            f"source={HELD_OUT!r} needs no network"
+            f"source={PROSE!r} and source={HELD_OUT!r} need no network"
         )
     options = {"sample_by": "document"} if local else {"name": SUBSETS.get(source)}
     stream = datasets.load_dataset(source, split="train", streaming=True, **options)

@@ -24,7 +24,7 @@ FLOORS = (
         "_runs",
         "directions",
     },
-    {"stream", "scaling", "signatures", "explorer"},
+    {"stream", "scaling", "signatures", "explorer", "gguf_file"},
     {"models", "regimes", "trajectory", "toy"},
     {"ladder"},
 )

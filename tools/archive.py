@@ -27,6 +27,9 @@ fig5_updates        the same of the finished students of fig5, second_order, sha
 patience_updates    the same of the finished students of patience
 nested_steps        do narrow networks find folds, with more seeds and ten times the steps?
 ladder              the language models of models/ and their losses; more options
+smollm2             what SmolLM2's layers write, over all English prose that Python carries;
+                    beside it shuffled, fresh and more coarsely rounded weights, and each
+                    layer decoded early; an hour of one core
 =================== ======================================================================
 
 A ladder that was trained otherwise adds its losses under a name of its own, for
@@ -41,6 +44,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -57,7 +61,19 @@ import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import _arguments, _runs, archive, ladder, regimes, toy
+from depthutil import (
+    _arguments,
+    _runs,
+    archive,
+    corpus,
+    gguf_file,
+    ladder,
+    models,
+    nulls,
+    regimes,
+    toy,
+    trajectory,
+)
 from depthutil.toy.grid import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -599,10 +615,145 @@ class Ladder(Run):
         return ladder.assemble(models, self.text, folder, args.results, **more)
 
 
+# A real language model ------------------------------------------------------------------
+
+
+FEW = 128  # texts that all networks read, the first of those that the model reads
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A network, and what is recorded of it on how much text."""
+
+    network: str = "trained"
+    seed: int = 0
+    documents: int | None = None  # all
+    length: int = 1024
+    mask: str = "next"
+    decode: str | None = None
+
+
+class Recordings(Run):
+    """What the layers of a model write, one recording a shard."""
+
+    ending = ".npz"
+    model = "smollm2-135m"
+    readings: dict[str, Reading] = {  # noqa: RUF012
+        "trained": Reading(),
+        "trained, fewer texts": Reading(documents=FEW),
+        "trained, without first tokens": Reading(documents=FEW, mask="inner"),
+        **{
+            f"{network}, seed {seed}": Reading(network, seed, FEW)
+            for network in ("shuffled", "untrained")
+            for seed in (0, 1, 2)
+        },
+        **{f"rounded to {k}": Reading(k, documents=FEW) for k in ("Q8_0", "Q5_0", "Q4_0")},
+        **{f"decoded, {way}": Reading("trained", 0, 64, 256, decode=way) for way in ("lens", "last")},
+    }
+
+    def __init__(self, documents: int | None):
+        self.documents = documents  # for tests
+        self.names = [name.replace(", ", "_").replace(" ", "-") for name in self.readings]
+
+    def reading(self, i: int) -> Reading:
+        one = list(self.readings.values())[i]
+        return one if self.documents is None else replace(one, documents=self.documents)
+
+    def network(self, model: Any, one: Reading) -> Any:
+        if one.network == "shuffled":
+            return nulls.shuffled(model, one.seed)
+        if one.network == "untrained":
+            return nulls.untrained(model, one.seed, std=model.config.hidden_size**-0.5)
+        return model if one.network == "trained" else gguf_file.quantized(model, one.network)
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        one, checkpoint, begin = self.reading(i), path.with_suffix(".part"), time.perf_counter()
+        model, tokenizer = models.load(self.model, device="cpu")
+        texts = models.texts(self.model, one.documents or 10**9)
+        some = models.batches(tokenizer, texts, length=one.length, size=4)
+        with _runs.cpu(args.threads):
+            found = trajectory.record(
+                self.network(model, one),
+                some,
+                "sublayer",
+                mask=one.mask,
+                null=True,
+                per_token=one.documents is None,
+                sample=0 if one.documents else 512,
+                decode=one.decode,
+                top=5,
+                checkpoint=checkpoint,
+                progress=True,
+            )
+        found.save(path)
+        seconds = {"seconds": time.perf_counter() - begin}
+        path.with_suffix(".json").write_text(json.dumps(seconds))
+        checkpoint.unlink(missing_ok=True)
+
+    def status(self, i, path):
+        return repr(trajectory.Trajectory.load(path))
+
+    def assemble(self, done, args):
+        tables, tokens, seconds = [], None, 0.0
+        for i, path in done.items():
+            name, found = list(self.readings)[i], trajectory.Trajectory.load(path)
+            about = {"recording": name, "documents": found.documents, "tokens": found.tokens}
+            tables.append(found.table().assign(**about))
+            seconds += json.loads(path.with_suffix(".json").read_text())["seconds"]
+            if self.readings[name].decode:
+                tables += [t.assign(**about) for t in self.decoded(found.decoded())]
+            if found.per_token is not None:
+                tokens = self.tokens(found.per_token)
+        text = corpus.summary(corpus.prose())
+        source = f"English prose that Python {platform.python_version()} carries"
+        given: dict[str, Any] = {
+            "config": {
+                "model": asdict(gguf_file.PACKAGED[self.model]),
+                "libraries": gguf_file.versions(),
+                "text": {"source": source} | text,
+                "recordings": {name: asdict(self.readings[name]) for name in self.readings},
+            },
+            "seeds": [0, 1, 2],
+            "wall_seconds": seconds,
+            "scale": f"{self.model}, up to {max(t['tokens'].max() for t in tables):,} tokens of "
+            f"{max(t['documents'].max() for t in tables)} texts" + self.some(len(done)),
+        }
+        parts = {"layers": pd.concat(tables, ignore_index=True), "tokens": tokens}
+        folder, stem = args.results, self.model.replace("-", "_")
+        return [
+            archive.save(part, folder / f"{stem}_{kind}.parquet", **given)
+            for kind, part in parts.items()
+            if part is not None
+        ]
+
+    def decoded(self, table: pd.DataFrame) -> list[pd.DataFrame]:
+        """What was decoded early, as further statistics."""
+        columns = {"loss": ("mean", "stderr")} | {n: (n, f"{n}_stderr") for n in ("kl", "overlap")}
+        return [
+            table[["layer", *pair]]
+            .set_axis(["layer", "mean", "stderr"], axis=1)
+            .assign(statistic=f"decoded_{name}", lag=1)
+            for name, pair in columns.items()
+        ]
+
+    def tokens(self, kept: dict[str, np.ndarray]) -> pd.DataFrame:
+        """One token in sixteen at random, and the first four of each text, in few digits."""
+        which = np.random.default_rng(0).random(len(kept["token"])) < 1 / 16
+        rows = which | (kept["position"] < 4)
+        table = {name: kept[name][rows] for name in ("document", "position", "token")}
+        table["random"] = which[rows]
+        for name, first in (("angles", 1), ("norms", 0)):
+            few = kept[name][rows].astype(np.float16).astype(np.float32)
+            table |= {f"{name}_{first + i}": column for i, column in enumerate(few.T)}
+        return pd.DataFrame(table)
+
+
 # The command ----------------------------------------------------------------------------
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
-NAMES += ("nested_steps", "ladder")
+NAMES += ("nested_steps", "smollm2", "ladder")
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -618,6 +769,8 @@ def build(args: argparse.Namespace) -> Run:
         return finished_of(name)
     if name == "patience":
         return Patience()
+    if name == "smollm2":
+        return Recordings(args.documents)
     return NestedSteps(args.seeds) if name == "nested_steps" else Ladder(args)
 
 
@@ -635,6 +788,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
         if name in (*GRIDS, *LABELLED, "updates", "ladder"):
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
+        if name == "smollm2":
+            one.add_argument("--documents", type=_arguments.count, help="instead of its own")
         if name == "nested_steps":
             one.add_argument("--seeds", type=_arguments.count, default=32, help="of each kind")
     one.add_argument("--scale", default="cpu", help="demo, cpu, gpu or gpu-wide")

@@ -43,8 +43,9 @@ def inputs_of(
     parts : Anatomy
         Of the model, which says what ids and positions there are.
     mask : str or callable
-        ``"all"`` real positions; ``"next"``, where the token and the next are real; or a
-        function of ids and attention mask that returns booleans of their shape.
+        ``"all"`` real positions; ``"next"``, where the token and the next are real;
+        ``"inner"``, the same without the first of each document, which in many models is a sink
+        of attention with an enormous state (arXiv 2402.17762); or a function of ids and attention mask that returns booleans of their shape.
     number : int
         Of the batch, for messages.
 
@@ -72,7 +73,7 @@ def inputs_of(
     ValueError: batch 0 holds token id 9, and the model has tokens 0 to 7 only
     """
     if not callable(mask):
-        _checks.word(mask, ("next", "all"), "mask", other="a function")
+        _checks.word(mask, ("next", "inner", "all"), "mask", other="a function")
     known = ("input_ids", "attention_mask", "position_ids")
     if isinstance(batch, Mapping) or hasattr(batch, "input_ids"):
         inputs = {name: torch.as_tensor(batch[name]) for name in known if name in batch}
@@ -106,6 +107,8 @@ def inputs_of(
         return inputs, real
     keep = torch.zeros_like(real)
     keep[:, :-1] = real[:, :-1] & real[:, 1:]
+    if mask == "inner":
+        keep &= real.cumsum(1) > 1
     return inputs, keep
 
 

@@ -58,8 +58,9 @@ def record(
         Keep norms, angles and update angles of every token, 4 bytes a number.
     mask : str or callable
         Positions that count: ``"next"``, where the token and the next are real (arXiv
-        2602.05970, appendix A), so never the last; ``"all"`` real ones; or a function of ids and
-        attention mask that returns booleans of their shape.
+        2602.05970, appendix A), so never the last; ``"inner"``, the same without the first of each
+        document; ``"all"`` real ones; or a function of ids and attention mask that returns
+        booleans of their shape.
     null : bool
         Also compare the updates of each token with the next layer's at another token.
     sample : int
