@@ -290,7 +290,7 @@ def quantized(model: Any, kind: str = "Q4_1") -> Any:
     ImportError
         If ``gguf`` is not installed.
     ValueError
-        If there is no such kind, or a row cannot be divided by 32.
+        If there is no such kind.
 
     Examples
     --------
@@ -311,15 +311,13 @@ def quantized(model: Any, kind: str = "Q4_1") -> Any:
     if hasattr(other, "get_output_embeddings") and other.get_output_embeddings() is not None:
         tables.add(id(other.get_output_embeddings().weight))
     with torch.no_grad():
-        for name, weight in other.named_parameters():
+        for weight in other.parameters():
             if weight.dim() != 2:
                 continue
-            if weight.shape[1] % 32:
-                raise ValueError(
-                    f"the rows of {name} have {weight.shape[1]} weights, which are not runs of 32"
-                )
             to = getattr(GGMLQuantizationType, "Q8_0" if id(weight) in tables else kind)
             rows = np.ascontiguousarray(weight.detach().float().cpu().numpy())
-            there = quants.dequantize(quants.quantize(rows, to), to)
-            weight.copy_(torch.from_numpy(there))
+            # The last run of a row may be shorter: its last weight stands in for those that lack.
+            whole = np.pad(rows, ((0, 0), (0, -rows.shape[1] % 32)), mode="edge")
+            there = quants.dequantize(quants.quantize(whole, to), to)
+            weight.copy_(torch.from_numpy(there[:, : rows.shape[1]]))
     return other
