@@ -113,6 +113,40 @@ def test_a_shard_that_another_process_trains_is_left_alone(tiny, call, tmp_path,
     assert toy.ToyResult.from_checkpoint(taken).losses["step"].max() == TINY.steps
 
 
+# A real language model ------------------------------------------------------------------
+
+
+def test_recordings_of_the_real_model_and_what_they_are_of(call, tmp_path, monkeypatch):
+    few = {
+        "trained": command.Reading(length=24, per_token=True),
+        "rounded to Q4_0": command.Reading("Q4_0", length=24, mask="inner"),
+        "decoded, lens": command.Reading(length=24, decode="lens"),
+    }
+    monkeypatch.setattr(command.Recordings, "readings", few)
+    call("smollm2", "run", "--documents", "2", "--shards", "0", "1")
+    call("smollm2", "assemble")
+    layers = whole(tmp_path / "results" / "smollm2_135m_layers.parquet")
+    assert layers.provenance["scale"].endswith("46 tokens of 2 texts; 2 of 3 parts")
+    call("smollm2", "run", "--documents", "2")
+    call("smollm2", "assemble")
+    layers = whole(tmp_path / "results" / "smollm2_135m_layers.parquet")
+    about = layers.provenance["config"]
+    assert about["model"]["sha256"].startswith("b179c952") and about["text"]["documents"] > 300
+    assert set(about["recordings"]) == set(few) and "transformers" in about["libraries"]
+    table = layers.frame.query("lag == 1").set_index(["recording", "statistic"])
+    assert set(layers.frame["recording"]) == set(few)
+    angles = table.loc[("trained", "angles")]
+    assert len(angles) == 30 and angles["tokens"].iloc[0] == 46
+    assert table.loc[("rounded to Q4_0", "angles")]["tokens"].iloc[0] == 44
+    rounded = table.loc[("rounded to Q4_0", "angles")]["mean"]
+    assert not rounded.reset_index(drop=True).equals(angles["mean"].reset_index(drop=True))
+    assert len(table.loc[("decoded, lens", "decoded_overlap")]) == 31
+    tokens = whole(tmp_path / "results" / "smollm2_135m_tokens.parquet").frame
+    first = tokens.query("position == 0")
+    assert len(first) == 2 and (first["norms_12"] > 10_000).all()
+    assert (tokens.query("not random")["position"] < 4).all() and "angles_30" in tokens
+
+
 def test_what_is_not_done_is_said(tiny, call, tmp_path):
     with pytest.raises(SystemExit, match=r"no shard of fig3b in .* is finished: run goes on"):
         call("fig3b", "assemble")

@@ -631,6 +631,7 @@ class Reading:
     length: int = 1024
     mask: str = "next"
     decode: str | None = None
+    per_token: bool = False
 
 
 class Recordings(Run):
@@ -639,7 +640,7 @@ class Recordings(Run):
     ending = ".npz"
     model = "smollm2-135m"
     readings: dict[str, Reading] = {  # noqa: RUF012
-        "trained": Reading(),
+        "trained": Reading(per_token=True),
         "trained, fewer texts": Reading(documents=FEW),
         "trained, without first tokens": Reading(documents=FEW, mask="inner"),
         **{
@@ -680,8 +681,8 @@ class Recordings(Run):
                 "sublayer",
                 mask=one.mask,
                 null=True,
-                per_token=one.documents is None,
-                sample=0 if one.documents else 512,
+                per_token=one.per_token,
+                sample=0,
                 decode=one.decode,
                 top=5,
                 checkpoint=checkpoint,
