@@ -168,6 +168,11 @@ def test_page_opens_cleanly_and_mathematics_is_typeset(browser, address, name):
         )
         assert page.locator("mjx-container").count() >= written
         assert page.locator("mjx-merror").count() == 0
+        cut = page.locator("div.math").evaluate_all(
+            "all => all.filter(e => [e, ...e.querySelectorAll('mjx-container')]"
+            ".some(m => m.scrollWidth > m.clientWidth + 2)).map(e => e.id)"
+        )
+        assert not cut, f"equations wider than the page: {cut}"
         assert not visit.troubles
 
 
