@@ -10,11 +10,14 @@ Needs the ``models`` extra.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import importlib.util
+import io
 import json
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,8 +217,9 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
 
     given = {"gguf_file": path.name}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **given)
+        with _quiet(path):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **given)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **given)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:
@@ -231,13 +235,19 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
         if hasattr(model, attribute):
             setattr(model, attribute, None)
     nn.Module.to(model, _smallest(model))
-    with archive.replacing(folder) as partial:
+    with archive.replacing(folder) as partial, _quiet(path):
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*.*"))
         sums = {file: _sha256(partial / file) for file in files}
         record = {"gguf": digest, "from": path.name, "files": sums} | versions()
         (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _quiet(path: Path) -> AbstractContextManager:
+    """No bars, which take no orders, for what is done in seconds; a large file keeps them."""
+    small = path.stat().st_size < 2**30
+    return contextlib.redirect_stderr(io.StringIO()) if small else contextlib.nullcontext()
 
 
 def _smallest(model: nn.Module) -> torch.dtype:

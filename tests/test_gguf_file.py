@@ -293,6 +293,12 @@ def test_two_processes_convert_once(tiny, tmp_path):
     assert sorted(said) == ["", "converting\n"]
 
 
+def test_a_conversion_of_seconds_says_nothing(tiny, capfd):
+    capfd.readouterr()
+    models.load(tiny[0])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_is_no_whole_file_is_said(tiny, tmp_path):
     path, _ = tiny
     content = path.read_bytes()
