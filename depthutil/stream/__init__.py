@@ -8,7 +8,8 @@
 file          holds
 ============= ==================================================================
 ``parts``     :class:`Anatomy`: the modules that compute, and those whose outputs are added
-``hooks``     :func:`hooked`, :func:`watched`, :func:`computing_as`: until a block of code ends
+``hooks``     :func:`hooked`, :func:`watched`, :func:`rewritten`, :func:`computing`,
+              :func:`reordered`: until a block of code ends
 ``inputs``    a batch as the model takes it; the forward pass without the head
 ``measuring`` :func:`measured`
 ``adding``    which of a block's modules write to the stream
@@ -18,10 +19,14 @@ file          holds
 """
 
 from depthutil.stream.hooks import (
+    announced,
+    computing,
     computing_as,
     evaluating,
     hidden,
     hooked,
+    reordered,
+    rewritten,
     tensor,
     watched,
     with_hidden,
@@ -40,6 +45,8 @@ __all__ = [
     "Stream",
     "Write",
     "anatomy",
+    "announced",
+    "computing",
     "computing_as",
     "device_of",
     "evaluating",
@@ -50,6 +57,8 @@ __all__ = [
     "inputs_of",
     "is_norm",
     "measured",
+    "reordered",
+    "rewritten",
     "tensor",
     "watched",
     "with_hidden",

@@ -6,6 +6,7 @@ happens inside.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,10 +112,29 @@ def watched(modules: Iterable[nn.Module], look: Callable[..., None]) -> Iterator
     >>> seen
     [torch.Size([1, 3])]
     """
+
+    def only(*given: Any) -> None:
+        look(*given)
+
+    with rewritten(modules, only):
+        yield
+
+
+@contextmanager
+def rewritten(modules: Iterable[nn.Module], function: Callable[..., Any]) -> Iterator[None]:
+    """As :func:`watched`, and what the function returns, unless None, is the module's output.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> with rewritten([layer], lambda module, args, kwargs, output: args[0]):
+    ...     layer(torch.ones(1, 2))  # returns what it reads
+    tensor([[1., 1.]])
+    """
     handles = []
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        look(module, args, kwargs, output)
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        return function(module, args, kwargs, output)
 
     try:
         for module in modules:
@@ -123,6 +143,72 @@ def watched(modules: Iterable[nn.Module], look: Callable[..., None]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def announced(module: nn.Module, look: Callable[[tuple, Mapping], None]) -> Iterator[None]:
+    """Look at what a module is given before it runs, and object by raising an error.
+
+    Examples
+    --------
+    >>> layer, seen = nn.Linear(2, 3), []
+    >>> with announced(layer, lambda args, kwargs: seen.append(len(args))):
+    ...     _ = layer(torch.ones(1, 2))
+    >>> seen
+    [1]
+    """
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        look(args, kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+#: What modules compute now instead of their own ``forward``, the latest last, under the
+#: ``forward`` that they had, so that contexts may end in any order.
+_REPLACED: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def computing(*pairs: tuple[nn.Module, Callable]) -> Iterator[None]:
+    """Each module calls a function in place of its ``forward``, until the block ends.
+
+    Contexts may end in any order: of those that are left, the latest holds.
+
+    Examples
+    --------
+    >>> layer = nn.Linear(2, 2)
+    >>> with computing((layer, lambda x: x)):
+    ...     layer(torch.ones(1, 2))
+    tensor([[1., 1.]])
+    >>> "forward" in vars(layer)
+    False
+    """
+    entered: list[tuple[nn.Module, list]] = []
+    try:
+        for module, function in pairs:
+            stack = _REPLACED.setdefault(module, [vars(module).get("forward")])
+            entry = [function]
+            stack.append(entry)
+            entered.append((module, entry))
+            module.forward = function
+        yield
+    finally:
+        for module, entry in reversed(entered):
+            stack = _REPLACED[module]
+            stack[:] = [other for other in stack if other is not entry]
+            if len(stack) > 1:
+                module.forward = stack[-1][0]
+                continue
+            del _REPLACED[module]
+            if stack[0] is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = stack[0]
 
 
 @contextmanager
@@ -143,18 +229,58 @@ def computing_as(*pairs: tuple[nn.Module, nn.Module]) -> Iterator[None]:
     >>> torch.equal(one(x), other(x)), "forward" in vars(one)
     (False, False)
     """
-    own: list[Any] = [vars(module).get("forward") for module, _ in pairs]
     theirs = [other.forward for _, other in pairs]
+    with computing(*[(module, f) for (module, _), f in zip(pairs, theirs, strict=True)]):
+        yield
+
+
+#: Lists of modules whose order is changed now: as they were, and the changes, the latest last.
+_REORDERED: weakref.WeakKeyDictionary[nn.ModuleList, tuple] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def reordered(container: nn.ModuleList, places: Sequence[int]) -> Iterator[None]:
+    """A list's modules stand in another order, until the block ends.
+
+    Whatever is hooked to a module moves with it. Contexts may end in any order: the changes
+    that are left are made again on the list as it was.
+
+    Parameters
+    ----------
+    container : torch.nn.ModuleList
+    places : sequence of int
+        For each place, from which place its module comes.
+
+    Examples
+    --------
+    >>> blocks = nn.ModuleList([nn.Identity(), nn.ReLU(), nn.Tanh()])
+    >>> with reordered(blocks, [0, 2, 1]):
+    ...     [type(block).__name__ for block in blocks]
+    ['Identity', 'Tanh', 'ReLU']
+    >>> [type(block).__name__ for block in blocks]
+    ['Identity', 'ReLU', 'Tanh']
+    """
+    if sorted(places) != list(range(len(container))):
+        raise ValueError(f"places are 0 to {len(container) - 1} in some order, not {list(places)}")
+    before, changes = _REORDERED.setdefault(container, (list(container), []))
+    change = [list(places)]
+
+    def arrange() -> None:
+        order = before
+        for (places,) in changes:
+            order = [order[place] for place in places]
+        for place, module in enumerate(order):
+            container[place] = module
+
+    changes.append(change)
     try:
-        for (module, _), forward in zip(pairs, theirs, strict=True):
-            module.forward = forward
+        arrange()
         yield
     finally:
-        for (module, _), before in zip(pairs, own, strict=True):
-            if before is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = before
+        changes[:] = [other for other in changes if other is not change]
+        arrange()
+        if not changes:
+            del _REORDERED[container]
 
 
 @contextmanager
