@@ -155,7 +155,7 @@ def test_blocks_change_places(family):
     with iv.swap(model, 0, 2):
         assert close(logits(model, ids), hand(order=[2, 1, 0]))
     if family in ("gemma2",):  # every other block sees a window only
-        with pytest.raises(ValueError, match="blocks 0 and 1 of .* attend in different ways"):
+        with pytest.raises(ValueError, match=r"blocks 0 and 1 of .* attend in different ways"):
             iv.swap(model, 0, 1).__enter__()
     else:
         with iv.swap(model, [0], [1]):
@@ -365,7 +365,7 @@ def test_edits_compose():
         assert close(logits(model, ids), hand(order=[0, 2, 1, 1, 3]))
     with iv.repeat(model, [1]), iv.repeat(model, [2, 3]):
         assert close(logits(model, ids), hand(order=[0, 1, 1, 2, 3, 2, 3]))
-        with pytest.raises(ValueError, match="block 3 of .* is repeated already"):
+        with pytest.raises(ValueError, match=r"block 3 of .* is repeated already"):
             iv.repeat(model, 3).__enter__()
 
 
@@ -524,7 +524,9 @@ class Letters:
         ids = [3 + ord(letter) % 37 for letter in text]
         return {"input_ids": [1, *ids] if add_special_tokens else ids}
 
-    names = {3 + ord(letter) % 37: letter for letter in "abcdefghijklmnopqrstuvwxyz ?"}
+    names = {  # noqa: RUF012
+        3 + ord(letter) % 37: letter for letter in "abcdefghijklmnopqrstuvwxyz ?"
+    }
 
     def decode(self, ids, **options):
         return "".join("" if i == 1 else self.names[int(i)] for i in ids)
@@ -749,7 +751,9 @@ def test_a_depth_score_knows_no_depth():
     each = iv.skip_effects(model, [given], per_document=True)
     score = iv.depth_score(each)
     assert 0 < score.score < 1 and score.stderr > 0
-    means = iv.depth_score(each.groupby(["skipped", "effect", "block"])["mean"].mean().reset_index())
+    means = iv.depth_score(
+        each.groupby(["skipped", "effect", "block"])["mean"].mean().reset_index()
+    )
     assert means.score == pytest.approx(score.score) and np.isnan(means.stderr)
     assert iv.depth_score(each, of="update").score < 1
 

@@ -26,7 +26,7 @@ FLOORS = (
     },
     {"stream", "scaling", "signatures", "explorer", "gguf_file"},
     {"models", "regimes", "trajectory", "toy"},
-    {"ladder", "interventions"},
+    {"ladder", "interventions", "hops"},
 )
 # Rooms that moved, kept so that notebooks of before go on working.
 FORMER = {"toy_model": "toy", "kernels": "toy"}

@@ -30,6 +30,10 @@ ladder              the language models of models/ and their losses; more option
 smollm2             what SmolLM2's layers write, over all English prose that Python carries;
                     beside it shuffled, fresh and more coarsely rounded weights, and each
                     layer decoded early; an hour of one core
+effects             what becomes of SmolLM2 when blocks are skipped, swapped, repeated, removed,
+                    read through affine maps; where its facts are; an hour of one core
+hops                networks of 1 to 6 blocks that learn to answer questions of 1 to 4 hops, and
+                    their weights; three minutes each
 =================== ======================================================================
 
 A ladder that was trained otherwise adds its losses under a name of its own, for
@@ -67,6 +71,7 @@ from depthutil import (
     archive,
     corpus,
     gguf_file,
+    hops,
     ladder,
     models,
     nulls,
@@ -74,6 +79,7 @@ from depthutil import (
     toy,
     trajectory,
 )
+from depthutil import interventions as iv
 from depthutil.toy.grid import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -751,10 +757,213 @@ class Recordings(Run):
         return pd.DataFrame(table)
 
 
+# Depth under intervention ---------------------------------------------------------------
+
+
+class Effects(Run):
+    """Effects of edits on SmolLM2, each a table; those of one kind go into one archive."""
+
+    model = "smollm2-135m"
+    # Names, and the archive that each belongs to; in the order in which they are worth most.
+    shards: dict[str, str] = {  # noqa: RUF012
+        "skipped": "skips",
+        "removed": "removal",
+        "facts": "facts",
+        "edited": "edits",
+        "lens": "lens",
+        "direct": "skips",
+        "rescaled": "removal",
+        "future": "skips",
+        "skipped, shuffled": "skips",
+        "skipped, untrained": "skips",
+    }
+
+    def __init__(self, documents: int | None):
+        self.documents = documents  # for tests
+        self.names = [name.replace(", ", "_") for name in self.shards]
+
+    def texts(self, tokenizer: Any, count: int, length: int = 128) -> list[dict]:
+        """Texts evenly spaced over all, whose sources differ."""
+        whole = models.texts(self.model, 10**9)
+        count = self.documents or count
+        some = [whole[(i * len(whole)) // count] for i in range(count)]
+        return models.batches(tokenizer, some, length=length, size=8)
+
+    def table(self, name: str, model: Any, tokenizer: Any) -> pd.DataFrame:
+        what, _, null = name.partition(", ")
+        show: dict[str, Any] = {"progress": True}
+        if null:
+            std = model.config.hidden_size**-0.5
+            model = nulls.shuffled(model) if null == "shuffled" else nulls.untrained(model, std=std)
+        if what in ("skipped", "direct", "future"):
+            some = self.texts(tokenizer, 16 if null else 48)
+            if what == "direct":
+                return iv.local_effects(model, some, per_document=True, **show)
+            future = what == "future"
+            return iv.skip_effects(model, some, future=future, per_document=True, **show)
+        if what in ("removed", "rescaled"):
+            some, middle = self.texts(tokenizer, 24), [*range(3, 11), *range(12, 23)]
+            given = {"among": middle, "most": 8, "rescaled": what == "rescaled", **show}
+            orders = ("random", "influence", "end")
+            return pd.concat(iv.removal(model, some, order, **given) for order in orders)
+        if what == "edited":
+            return self.edited(model, self.texts(tokenizer, 24))
+        if what == "lens":
+            return self.lenses(model, tokenizer)
+        return self.facts(model, tokenizer)
+
+    def edited(self, model: Any, some: list[dict]) -> pd.DataFrame:
+        """Losses of texts with one edit at each place."""
+        depth = len(models.anatomy(model).blocks)
+        edits = {
+            **{("without attention", b): iv.skip(model, b, "attention") for b in range(depth)},
+            **{("without MLP", b): iv.skip(model, b, "mlp") for b in range(depth)},
+            **{("twice", b): iv.repeat(model, b) for b in range(depth)},
+            **{("swapped", b): iv.swap(model, b, b + 1) for b in range(depth - 1)},
+            **{
+                ("runs of 2 swapped", b): iv.swap(model, [b, b + 1], [b + 2, b + 3])
+                for b in range(depth - 3)
+            },
+        }
+        clean, rows = models.losses(model, some), []
+        report = _runs.Progress(True, len(edits), of="edit")
+        for number, ((edit, block), context) in enumerate(edits.items()):
+            with context:
+                gained = models.losses(model, some) - clean
+            rows.append(
+                pd.DataFrame({"edit": edit, "block": block, "document": range(len(gained))}).assign(
+                    gained=gained, loss=clean
+                )
+            )
+            report(number + 1)
+        return pd.concat(rows)
+
+    def lenses(self, model: Any, tokenizer: Any) -> pd.DataFrame:
+        """Early readings as they are and through affine maps, found on other texts."""
+        whole = models.texts(self.model, 10**9)
+        each = len(whole) // (self.documents or 48)
+        judged, learned = whole[::each], [t for i, t in enumerate(whole) if i % each]
+        learned = learned[: self.documents or len(learned)]
+        some = models.batches(tokenizer, judged, length=128, size=8)
+        found = {"as it is": iv.lens(model, some, progress=True)}
+        for step in (8, 1):
+            batches = models.batches(tokenizer, learned[::step], length=512, size=4)
+            tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+            reader = iv.affine_lens(model, batches)
+            found[f"through maps, {tokens:,} tokens"] = iv.lens(model, some, reader=reader)
+        return pd.concat([t.assign(reader=name) for name, t in found.items()])
+
+    def facts(self, model: Any, tokenizer: Any) -> pd.DataFrame:
+        tables = []
+        known = list(iv.known(model, tokenizer))[: self.documents]
+        for number, fact in enumerate(known):
+            table = iv.causal_trace(model, tokenizer, *fact)
+            about = {n: table.attrs[n] for n in ("clean", "corrupted", "corrupted_stderr")}
+            first, last = table.attrs["subject"]
+            tables.append(table.assign(**fact._asdict(), **about, first=first, last=last))
+            print(f"fact {number + 1} of {len(known)}", file=sys.stderr, flush=True)
+        return pd.concat(tables)
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        begin, name = time.perf_counter(), list(self.shards)[i]
+        model, tokenizer = models.load(self.model, device="cpu")
+        with _runs.cpu(args.threads):
+            table = self.table(name, model, tokenizer)
+        kept = {k: v for k, v in table.attrs.items() if k in ("blocks", "loss", "loss_stderr")}
+        archive.save(
+            table.assign(shard=name).reset_index(drop=True),
+            path,
+            config={"model": asdict(gguf_file.PACKAGED[self.model]), "shard": name, **kept},
+            seeds=[0],
+            scale=f"{self.model}",
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    def assemble(self, done, args):
+        paths = []
+        for kind in dict.fromkeys(self.shards.values()):
+            of_kind = [i for i, name in enumerate(self.shards) if self.shards[name] == kind]
+            there = [archive.load(done[i]) for i in of_kind if i in done]
+            if not there:
+                continue
+            table = pd.concat([a.frame for a in there], ignore_index=True)
+            units = "texts" if "document" in table else "facts" if kind == "facts" else ""
+            count = table["document" if units == "texts" else "text"].nunique() if units else 0
+            part = f"; {len(there)} of {len(of_kind)} parts" if len(there) < len(of_kind) else ""
+            path = archive.save(
+                table,
+                args.results / f"{self.model.replace('-', '_')}_{kind}.parquet",
+                config={
+                    "model": asdict(gguf_file.PACKAGED[self.model]),
+                    "libraries": gguf_file.versions(),
+                    "shards": [a.provenance["config"] for a in there],
+                },
+                seeds=[0],
+                scale=f"{self.model}" + (f", {count} {units}" if units else "") + part,
+                wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
+            )
+            paths.append(path)
+        return paths
+
+
+class Hops(Run):
+    """Small networks that learn questions of several hops: depths times seeds."""
+
+    ending = ".pt"
+    kept = (0,)  # of which seeds the weights are archived
+
+    def __init__(self, steps: int | None):
+        more = {} if steps is None else {"steps": steps}
+        self.configs = [
+            hops.HopConfig(depth=depth, seed=seed, **more)
+            for seed in (0, 1, 2)
+            for depth in (4, 2, 3, 1, 6, 5)
+        ]
+        self.names = [f"hops-d{c.depth}-s{c.seed}-n{c.steps}" for c in self.configs]
+
+    def make(self, i, path, args):
+        begin = time.perf_counter()
+        with _runs.cpu(args.threads):
+            hops.train(self.configs[i], path, progress=True)
+        seconds = {"seconds": time.perf_counter() - begin}
+        path.with_suffix(".json").write_text(json.dumps(seconds))
+
+    def status(self, i, path):
+        kept = torch.load(path, weights_only=True)
+        right = ", ".join(f"{share:.2f}" for _, _, share in kept["rows"][-4:])
+        return f"step {kept['step']:,}, right: {right}"
+
+    def finished(self, i, path):
+        return torch.load(path, weights_only=True)["step"] == self.configs[i].steps
+
+    def assemble(self, done, args):
+        tables, networks, seconds = [], {}, 0.0
+        for i, path in done.items():
+            config = self.configs[i]
+            network, tests = hops.train(config, path)  # is trained already
+            tables.append(tests.assign(depth=config.depth, seed=config.seed))
+            if config.seed in self.kept:
+                networks[config.depth, config.seed] = network
+            seconds += json.loads(path.with_suffix(".json").read_text())["seconds"]
+        first, seeds = self.configs[0], sorted({self.configs[i].seed for i in done})
+        table = archive.save(
+            pd.concat(tables, ignore_index=True),
+            args.results / "hops.parquet",
+            config=asdict(first) | {"depth": sorted({self.configs[i].depth for i in done})},
+            seeds=seeds,
+            scale=f"rings of {first.nodes} places, width {first.width}, {first.steps:,} steps"
+            + self.some(len(done)),
+            wall_seconds=seconds,
+        )
+        return [table, hops.save(networks, args.results / "hops_networks.safetensors")]
+
+
 # The command ----------------------------------------------------------------------------
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
-NAMES += ("nested_steps", "smollm2", "ladder")
+NAMES += ("nested_steps", "smollm2", "effects", "hops", "ladder")
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -772,6 +981,10 @@ def build(args: argparse.Namespace) -> Run:
         return Patience()
     if name == "smollm2":
         return Recordings(args.documents)
+    if name == "hops":
+        return Hops(args.steps)
+    if name == "effects":
+        return Effects(args.documents)
     return NestedSteps(args.seeds) if name == "nested_steps" else Ladder(args)
 
 
@@ -787,9 +1000,9 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
-        if name in (*GRIDS, *LABELLED, "updates", "ladder"):
+        if name in (*GRIDS, *LABELLED, "updates", "hops", "ladder"):
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
-        if name == "smollm2":
+        if name in ("smollm2", "effects"):
             one.add_argument("--documents", type=_arguments.count, help="instead of its own")
         if name == "nested_steps":
             one.add_argument("--seeds", type=_arguments.count, default=32, help="of each kind")

@@ -10,6 +10,8 @@ file          holds
 ============= ==================================================================
 ``edits``     :func:`skip`, :func:`swap`, :func:`repeat`, :func:`patch`, :func:`erase`,
               :func:`noise`, :func:`scale`
+``facts``     :data:`FACTS`, to trace, and which a model knows: :func:`known`
+``places``    blocks, positions, write points and caches, as edits need them
 ``passes``    forward passes that begin at a block with states that are known
 ``skipping``  :func:`skip_effects`, :func:`local_effects`, :func:`depth_score`
 ``removing``  :func:`removal`, :func:`influence`
@@ -20,6 +22,7 @@ file          holds
 """
 
 from depthutil.interventions.edits import erase, noise, patch, repeat, scale, skip, swap
+from depthutil.interventions.facts import FACTS, Fact, known
 from depthutil.interventions.reading import AffineLens, affine_lens, lens, linear_maps, spoken
 from depthutil.interventions.removing import influence, removal
 from depthutil.interventions.skipping import Score, depth_score, local_effects, skip_effects
@@ -31,7 +34,9 @@ from depthutil.interventions.tracing import (
 )
 
 __all__ = [
+    "FACTS",
     "AffineLens",
+    "Fact",
     "Score",
     "affine_lens",
     "causal_trace",
@@ -40,6 +45,7 @@ __all__ = [
     "erasure_effects",
     "influence",
     "integrated_gradients",
+    "known",
     "lens",
     "linear_maps",
     "local_effects",

@@ -144,9 +144,7 @@ def lens(
     return tally.per_document(names) if per_document else tally.table(names)
 
 
-def _read(
-    passes: Passes, keep: Tensor, reader: AffineLens | None, top: int, tally: Tally
-) -> None:
+def _read(passes: Passes, keep: Tensor, reader: AffineLens | None, top: int, tally: Tally) -> None:
     live, shape = passes.live, keep.shape
     rows = keep.flatten().nonzero().squeeze(1)
     ids = passes.inputs["input_ids"].to(rows.device).flatten()
@@ -328,12 +326,16 @@ class _Sums:
 
     def __init__(self) -> None:
         self.count = 0
+        self.parts: list[Tensor] = []
+        self.widths: list[int] = []
         self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, here: list[Tensor], there: list[Tensor]) -> None:
         x, y = torch.stack(here), torch.cat(there, 1)
         parts = [x.sum(1), y.sum(0), x.transpose(1, 2) @ x, x.transpose(1, 2) @ y]
-        before = parts if not self.count else [a + b for a, b in zip(self.parts, parts)]
+        before = (
+            parts if not self.count else [a + b for a, b in zip(self.parts, parts, strict=True)]
+        )
         self.parts, self.count = before, self.count + x.shape[1]
         self.widths = [part.shape[1] for part in there]
         self.found = {}
@@ -347,7 +349,11 @@ class _Sums:
     def maps(self, layer: int, ridge: float) -> tuple[Tensor, Tensor]:
         """Weight ``(all others, width)`` and bias of the map from one of the states."""
         if layer not in self.found:
-            sx, sy, xx, xy = self.parts[0][layer], self.parts[1], *(p[layer] for p in self.parts[2:])
+            sx, sy, xx, xy = (
+                self.parts[0][layer],
+                self.parts[1],
+                *(p[layer] for p in self.parts[2:]),
+            )
             mx, my = sx / self.count, sy / self.count
             cov = xx / self.count - mx[:, None] * mx
             cross = xy / self.count - mx[:, None] * my

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from depthutil import _checks, _runs, moments
-from depthutil.interventions.edits import block_numbers
 from depthutil.interventions.passes import Passes, batched, following, opened, said
+from depthutil.interventions.places import block_numbers
 from depthutil.stream import Stream, hidden, tensor, with_tensor
 
 ORDERS = ("influence", "end", "random")
@@ -38,12 +38,13 @@ def influence(model: nn.Module, batches: Iterable[Any], *, mask: str | Callable 
     >>> influence(model, [torch.randint(8, (5, 10))]).index.tolist()
     [0, 1, 2]
     """
-    live, total, count = opened(model), 0.0, 0
+    live, count = opened(model), 0
+    total: Any = 0.0
     with live.open():
         for passes, keep in batched(live, batches, mask, False, head=False):
             total = total + _turns(passes, keep)
             count += int(keep.sum())
-    return pd.Series(np.asarray(total) / count, name="influence").rename_axis("block")
+    return pd.Series(total / count, name="influence").rename_axis("block")
 
 
 def _turns(passes: Passes, keep: Tensor) -> np.ndarray:
@@ -133,7 +134,7 @@ def removal(
     orders = _orders(model, live, batches, order, some, draws, seed, mask)
     if highest > len(orders[0]):
         raise ValueError(f"the order given has {len(orders[0])} blocks, and most is {highest}")
-    sums: dict[tuple[int, int], list] = {}
+    sums: dict[tuple[int, int], list[np.ndarray]] = {}
     whole: list[tuple[np.ndarray, np.ndarray]] = []
     steps = [(draw, k) for draw in range(len(orders)) for k in range(1, highest + 1)]
     report = _runs.Progress(progress, len(batches) * len(steps), of="pass")
@@ -141,8 +142,8 @@ def removal(
         for number, (passes, keep) in enumerate(batched(live, batches, mask, False)):
             rows = (keep & following(passes.inputs).to(keep.device)).flatten()
             rows = rows.nonzero().squeeze(1)
-            clean, count = _losses(passes, passes.last, rows)
-            whole.append((clean, count))
+            clean, tokens = _losses(passes, passes.last, rows)
+            whole.append((clean, tokens))
             for at, (draw, k) in enumerate(steps):
                 out = orders[draw][:k]
                 factor = len(some) / (len(some) - k) if rescaled else 1.0
@@ -152,8 +153,8 @@ def removal(
                 report(number * len(steps) + at + 1)
     counts = np.concatenate([count for _, count in whole])
     found = []
-    for (draw, k), gained in sums.items():
-        mean, stderr = moments.of_totals(np.concatenate(gained), counts)
+    for (draw, k), each in sums.items():
+        mean, stderr = moments.of_totals(np.concatenate(each), counts)
         found.append((name, draw, k, orders[draw][k - 1], mean, stderr))
     table = pd.DataFrame(found, columns=["order", "draw", "removed", "block", "mean", "stderr"])
     loss, error = moments.of_totals(np.concatenate([clean for clean, _ in whole]), counts)

@@ -140,7 +140,7 @@ def local_effects(
         later = range(block + 2, passes.live.parts.depth)
         before = [(passes.live.parts.blocks[number], without(number)) for number in later]
         # The norm reads the clean last state, less the update.
-        return passes.states[block], before + [(passes.live.parts.norm, without(-1))]
+        return passes.states[block], [*before, (passes.live.parts.norm, without(-1))]
 
     return _effects(live, batches, False, True, mask, per_document, progress, begin)
 
@@ -174,7 +174,7 @@ def _effects(
                     rewriting=_measuring(passes, block, measured, tally),
                 )
                 if before and block + 1 == depth:  # no block was run
-                    last = live.parts.norm(passes.states[-1] - passes.update(block))
+                    last = passes.resume(depth, passes.states[-1] - passes.update(block))
                 for name, values in zip(("output", "loss"), clean.beside(last), strict=True):
                     _spread(tally, (block, name, depth), values, rows, measured.shape)
             tally.end(_NAMES)
@@ -221,19 +221,20 @@ def _measuring(passes: Passes, skipped: int, measured: Tensor, tally: Tally) -> 
     return [(passes.live.parts.blocks[number], compare(number)) for number in later]
 
 
+_ROOM = {"cpu": 2**26, "cuda": 2**30}  # probabilities that are kept
+
+
 class _Clean:
     """What the model says at some positions, to hold something else against.
 
     Probabilities are kept if there is room for them, and made again for each comparison if not.
     """
 
-    room = {"cpu": 2**26, "cuda": 2**30}  # numbers
-
     def __init__(self, live: Stream, last: Tensor, rows: Tensor, targets: Tensor):
         self.live, self.last, self.rows, self.targets = live, last, rows, targets
         numbers = len(rows) * live.parts.vocabulary
         self.kept: list | None = None
-        if numbers <= self.room.get(live.device.type, 2**26):
+        if numbers <= _ROOM.get(live.device.type, 2**26):
             self.kept = list(self._said(last))
         self.loss = torch.cat([loss for _, loss in self.kept or self._said(last)])
 

@@ -44,7 +44,8 @@ def mean_states(
     >>> mean_states(model, [torch.randint(8, (5, 10))]).shape
     torch.Size([4, 4])
     """
-    live, total, count = opened(model), 0.0, 0
+    live, count = opened(model), 0
+    total: Any = 0.0
     with live.open():
         for passes, keep in batched(live, batches, mask, False, head=False):
             sums = [h[keep.to(h.device)].double().sum(0).cpu() for h in passes.states]
@@ -52,7 +53,7 @@ def mean_states(
             count += int(keep.sum())
     if not count:
         raise ValueError("no position counts: texts are too short for this mask")
-    return torch.as_tensor(total) / count
+    return total / count
 
 
 def erasure_effects(
