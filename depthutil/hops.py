@@ -192,7 +192,7 @@ def _network(config: HopConfig, **changes: Any) -> Any:
 # By construction ------------------------------------------------------------------------
 
 
-def built(config: HopConfig, at: list[int] | tuple[int, ...]) -> Any:
+def built(config: HopConfig, at: list[int] | tuple[int, ...], *, sharp: float = 12.0) -> Any:
     """A network that takes one hop in each of some blocks, and does nothing in the others.
 
     The last position's stream says where one is. In block ``at[i]`` one head finds the edge
@@ -206,6 +206,9 @@ def built(config: HopConfig, at: list[int] | tuple[int, ...]) -> Any:
         ``depth``, ``nodes`` and ``hops`` of it are used.
     at : sequence of int
         Blocks, from 0 on, rising: as many as hops that the network takes, whatever is asked.
+    sharp : float
+        By how much the right edge's attention exceeds the others', in logits. Beyond 30
+        attention is a switch, which no integral of gradients sees.
 
     Returns
     -------
@@ -238,7 +241,7 @@ def built(config: HopConfig, at: list[int] | tuple[int, ...]) -> Any:
     mean, base = 2 / width, n * n + config.hops * n
     scale = math.sqrt(mean - mean**2 + network.config.layer_norm_epsilon)
     head, one = width // 2, torch.eye(n)
-    sharp = 60.0 * math.sqrt(head)  # e**-60: all attention at one place
+    sharp = _checks.number(sharp, "sharp", low=0, above=True) * math.sqrt(head)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.zero_()
@@ -270,7 +273,7 @@ def built(config: HopConfig, at: list[int] | tuple[int, ...]) -> Any:
             layer.c_attn.bias.copy_(shift + mean * weight.sum(0))
             layer.c_proj.weight[:n, here] = one
             layer.c_proj.weight[head : head + n, here] = -one
-        network.lm_head.weight[base : base + n, here] = 20 * scale * one
+        network.lm_head.weight[base : base + n, here] = 10 * scale * one
     return network
 
 
