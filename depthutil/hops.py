@@ -48,11 +48,11 @@ class HopConfig:
     """
 
     depth: int = 3
-    nodes: int = 8
-    hops: int = 4
+    nodes: int = 6
+    hops: int = 3
     width: int = 64
     heads: int = 4
-    steps: int = 6_000
+    steps: int = 5_000
     batch: int = 128
     rate: float = 2e-3
     seed: int = 0
@@ -134,7 +134,7 @@ def questions(
     Examples
     --------
     >>> asked = questions(HopConfig(nodes=5), 2, hops=2)
-    >>> words = HopTokenizer(5, 4)
+    >>> words = HopTokenizer(5, 3)
     >>> row = words.decode(asked.ids[0]).split()
     >>> row[asked.path[0, 0]][1] == row[asked.path[0, 1]][0]  # one edge ends where the next begins
     True

@@ -32,8 +32,9 @@ smollm2             what SmolLM2's layers write, over all English prose that Pyt
                     layer decoded early; an hour of one core
 effects             what becomes of SmolLM2 when blocks are skipped, swapped, repeated, removed,
                     read through affine maps; where its facts are; an hour of one core
-hops                networks of 1 to 6 blocks that learn to answer questions of 1 to 4 hops, and
-                    their weights; three minutes each
+healing             models of the ladder trained on without one of their blocks; ten minutes
+hops                networks of 1 to 6 blocks that learn to answer questions of 1 to 3 hops, and
+                    their weights; two minutes each
 =================== ======================================================================
 
 A ladder that was trained otherwise adds its losses under a name of its own, for
@@ -54,6 +55,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -908,6 +910,51 @@ class Effects(Run):
         return paths
 
 
+class Healing(Run):
+    """Models of the ladder without one block, trained on; and as they are, for comparison."""
+
+    marks = (0, 25, 50, 100, 200)
+
+    def __init__(self, steps: int | None):
+        self.steps = self.marks[-1] if steps is None else steps
+        blocks = {4: (None, 1, 2), 8: (None, 3, 5), 16: (None, 5, 10)}
+        self.shards = [(depth, block) for depth in (8, 16, 4) for block in blocks[depth]]
+        self.names = [
+            f"ladder-d{d:02d}-{'whole' if b is None else f'without-{b}'}-n{self.steps}"
+            for d, b in self.shards
+        ]
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        (depth, block), begin = self.shards[i], time.perf_counter()
+        name = f"ladder-w64-d{depth:02d}-s0"
+        model, _ = models.load(name, device="cpu")
+        edit = nullcontext() if block is None else iv.skip(model, block)
+        with _runs.cpu(args.threads), edit:
+            table = ladder.fine_tune(model, self.steps, test_at=self.marks, progress=True)
+        archive.save(
+            table.assign(depth=depth, block=-1 if block is None else block),
+            path,
+            config={"model": name, "block": block, "steps": self.steps},
+            seeds=[0],
+            scale=name,
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    def assemble(self, done, args):
+        there = [archive.load(path) for path in done.values()]
+        path = archive.save(
+            pd.concat([a.frame for a in there], ignore_index=True),
+            args.results / "ladder_healing.parquet",
+            config={"shards": [a.provenance["config"] for a in there]},
+            seeds=[0],
+            scale=f"ladder of width 64, {self.steps} steps of fine-tuning" + self.some(len(done)),
+            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
+        )
+        return [path]
+
+
 class Hops(Run):
     """Small networks that learn questions of several hops: depths times seeds."""
 
@@ -919,7 +966,7 @@ class Hops(Run):
         self.configs = [
             hops.HopConfig(depth=depth, seed=seed, **more)
             for seed in (0, 1, 2)
-            for depth in (4, 2, 3, 1, 6, 5)
+            for depth in (3, 2, 1, 4, 6)
         ]
         self.names = [f"hops-d{c.depth}-s{c.seed}-n{c.steps}" for c in self.configs]
 
@@ -963,7 +1010,7 @@ class Hops(Run):
 # The command ----------------------------------------------------------------------------
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
-NAMES += ("nested_steps", "smollm2", "effects", "hops", "ladder")
+NAMES += ("nested_steps", "smollm2", "effects", "hops", "healing", "ladder")
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -981,6 +1028,8 @@ def build(args: argparse.Namespace) -> Run:
         return Patience()
     if name == "smollm2":
         return Recordings(args.documents)
+    if name == "healing":
+        return Healing(args.steps)
     if name == "hops":
         return Hops(args.steps)
     if name == "effects":
@@ -1000,7 +1049,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
-        if name in (*GRIDS, *LABELLED, "updates", "hops", "ladder"):
+        if name in (*GRIDS, *LABELLED, "updates", "hops", "healing", "ladder"):
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
         if name in ("smollm2", "effects"):
             one.add_argument("--documents", type=_arguments.count, help="instead of its own")

@@ -16,6 +16,7 @@ file         holds
 ``recipe``   every setting, and the order in which to train
 ``model``    one model: how it begins, what it reached, its card
 ``training`` :func:`train`, :func:`best_rate`
+``tuning``   :func:`fine_tune`, of a model that has been changed
 ``family``   all models together: :func:`assemble`, and reading what it wrote
 ============ ===================================================================
 """
@@ -33,6 +34,7 @@ from depthutil.ladder.family import assemble, curves, documents, losses, members
 from depthutil.ladder.model import LadderModel
 from depthutil.ladder.recipe import LadderConfig, Shard, shards, slug
 from depthutil.ladder.training import best_rate, train
+from depthutil.ladder.tuning import fine_tune
 
 __all__ = [
     "BOS",
@@ -47,6 +49,7 @@ __all__ = [
     "corpus",
     "curves",
     "documents",
+    "fine_tune",
     "held_out",
     "losses",
     "members",
