@@ -50,11 +50,11 @@ class HopConfig:
     depth: int = 3
     nodes: int = 6
     hops: int = 3
-    width: int = 64
-    heads: int = 4
-    steps: int = 5_000
+    width: int = 16
+    heads: int = 2
+    steps: int = 6_000
     batch: int = 128
-    rate: float = 2e-3
+    rate: float = 5e-3
     seed: int = 0
 
     def __post_init__(self) -> None:

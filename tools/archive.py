@@ -34,7 +34,7 @@ effects             what becomes of SmolLM2 when blocks are skipped, swapped, re
                     read through affine maps; where its facts are; an hour of one core
 healing             models of the ladder trained on without one of their blocks; ten minutes
 hops                networks of 1 to 6 blocks that learn to answer questions of 1 to 3 hops, and
-                    their weights; two minutes each
+                    their weights; a minute each
 =================== ======================================================================
 
 A ladder that was trained otherwise adds its losses under a name of its own, for
@@ -959,16 +959,19 @@ class Hops(Run):
     """Small networks that learn questions of several hops: depths times seeds."""
 
     ending = ".pt"
-    kept = (0,)  # of which seeds the weights are archived
+    kept = (16, 0)  # width and seed of those whose weights are archived
 
     def __init__(self, steps: int | None):
-        more = {} if steps is None else {"steps": steps}
-        self.configs = [
-            hops.HopConfig(depth=depth, seed=seed, **more)
+        narrow = [
+            hops.HopConfig(depth=depth, seed=seed)
             for seed in (0, 1, 2)
             for depth in (3, 2, 1, 4, 6)
         ]
-        self.names = [f"hops-d{c.depth}-s{c.seed}-n{c.steps}" for c in self.configs]
+        wide = {"width": 64, "heads": 4, "rate": 2e-3, "steps": 5_000}
+        self.configs = [*narrow, *(hops.HopConfig(depth=d, **wide) for d in (1, 2, 3, 4))]
+        if steps is not None:
+            self.configs = [replace(config, steps=steps) for config in self.configs]
+        self.names = [f"hops-w{c.width}-d{c.depth}-s{c.seed}-n{c.steps}" for c in self.configs]
 
     def make(self, i, path, args):
         begin = time.perf_counter()
@@ -990,8 +993,9 @@ class Hops(Run):
         for i, path in done.items():
             config = self.configs[i]
             network, tests = hops.train(config, path)  # is trained already
-            tables.append(tests.assign(depth=config.depth, seed=config.seed))
-            if config.seed in self.kept:
+            about = {name: getattr(config, name) for name in ("width", "depth", "seed")}
+            tables.append(tests.assign(**about))
+            if (config.width, config.seed) == self.kept:
                 networks[config.depth, config.seed] = network
             seconds += json.loads(path.with_suffix(".json").read_text())["seconds"]
         first, seeds = self.configs[0], sorted({self.configs[i].seed for i in done})
@@ -1000,7 +1004,8 @@ class Hops(Run):
             args.results / "hops.parquet",
             config=asdict(first) | {"depth": sorted({self.configs[i].depth for i in done})},
             seeds=seeds,
-            scale=f"rings of {first.nodes} places, width {first.width}, {first.steps:,} steps"
+            scale=f"rings of {first.nodes} places, widths "
+            f"{sorted({self.configs[i].width for i in done})}, {first.steps:,} steps"
             + self.some(len(done)),
             wall_seconds=seconds,
         )
