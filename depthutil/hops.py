@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _checks, _runs, archive
+from depthutil import _checks, _runs, archive, models
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,7 @@ def _drawn(config: HopConfig, count: int, rng: torch.Generator, hops: int | None
 
 
 def _network(config: HopConfig, **changes: Any) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    n = config.nodes
+    library, n = models.library(), config.nodes
     given = {
         "vocab_size": n * n + config.hops * n + n + 1,
         "n_embd": config.width,
@@ -186,7 +184,7 @@ def _network(config: HopConfig, **changes: Any) -> Any:
         "eos_token_id": None,
         "tie_word_embeddings": False,
     }
-    return GPT2LMHeadModel(GPT2Config(**{**given, **changes})).eval()
+    return library.GPT2LMHeadModel(library.GPT2Config(**{**given, **changes})).eval()
 
 
 # By construction ------------------------------------------------------------------------
@@ -405,12 +403,12 @@ def accuracy(network: Any, config: HopConfig, count: int = 1_000, *, seed: int =
     return pd.Series(found, name="accuracy").rename_axis("hops")
 
 
-def save(networks: dict[tuple[int, int], Any], path: str | os.PathLike) -> Path:
+def save(networks: list[tuple[HopConfig, Any]], path: str | os.PathLike) -> Path:
     """Write networks into one file, in 16 bits.
 
     Parameters
     ----------
-    networks : dict of (depth, seed) to transformers.GPT2LMHeadModel
+    networks : list of (HopConfig, transformers.GPT2LMHeadModel)
     path : path
         Ends in ``.safetensors``.
 
@@ -419,7 +417,7 @@ def save(networks: dict[tuple[int, int], Any], path: str | os.PathLike) -> Path:
     >>> import tempfile
     >>> config = HopConfig(depth=2, nodes=4)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     path = save({(2, 0): built(config, at=[1])}, Path(folder) / "a.safetensors")
+    ...     path = save([(config, built(config, at=[1]))], Path(folder) / "a.safetensors")
     ...     network = trained(config, path)
     >>> round(float(accuracy(network, config)[1]), 3)
     1.0
@@ -427,13 +425,18 @@ def save(networks: dict[tuple[int, int], Any], path: str | os.PathLike) -> Path:
     from safetensors.torch import save_file
 
     weights = {
-        f"d{depth}-s{seed}/{name}": value.detach().to(torch.float16).contiguous()
-        for (depth, seed), network in networks.items()
+        _begin(config) + name: value.detach().to(torch.float16).contiguous()
+        for config, network in networks
         for name, value in network.state_dict().items()
     }
     with archive.replacing(path) as partial:
         save_file(weights, partial)
     return Path(path)
+
+
+def _begin(config: HopConfig) -> str:
+    """What a network's weights are called in the file, before their own names."""
+    return f"w{config.width}-d{config.depth}-s{config.seed}/"
 
 
 def trained(config: HopConfig, path: str | os.PathLike | None = None) -> Any:
@@ -442,8 +445,8 @@ def trained(config: HopConfig, path: str | os.PathLike | None = None) -> Any:
     Parameters
     ----------
     config : HopConfig
-        Its ``depth`` and ``seed`` say which; ``nodes``, ``hops`` and ``heads`` are those that
-        it was trained with.
+        Its ``width``, ``depth`` and ``seed`` say which; ``nodes``, ``hops`` and ``heads`` are
+        those that it was trained with.
     path : path, optional
 
     Returns
@@ -454,12 +457,12 @@ def trained(config: HopConfig, path: str | os.PathLike | None = None) -> Any:
     Raises
     ------
     ValueError
-        If there is none of this depth and seed.
+        If there is none of this width, depth and seed.
     """
     from safetensors import safe_open
 
     where = archive.find("results/hops_networks.safetensors") if path is None else Path(path)
-    begin = f"d{config.depth}-s{config.seed}/"
+    begin = _begin(config)
     with safe_open(where, "pt") as file:
         names = [name for name in file.keys() if name.startswith(begin)]
         if not names:

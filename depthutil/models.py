@@ -120,7 +120,7 @@ def load(
     --------
     >>> model, tokenizer = load("EleutherAI/pythia-410m")  # doctest: +SKIP
     """
-    transformers = _transformers()
+    transformers = library()
     if device_map is not None and device is not None:
         raise ValueError(f"device={device!r} and device_map={device_map!r}: give one of the two")
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
@@ -211,7 +211,7 @@ def _damaged(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _transformers() -> ModuleType:
+def library() -> ModuleType:
     try:
         with warnings.catch_warnings():
             # In a notebook without ipywidgets tqdm says that its bars will be plain ones.
@@ -286,7 +286,7 @@ def _offline(name: str) -> str:
 
 def _dtype_word() -> str:
     """The name of the argument that says the precision, which changed in transformers 4.56."""
-    major, minor = (int(part) for part in _transformers().__version__.split(".")[:2])
+    major, minor = (int(part) for part in library().__version__.split(".")[:2])
     return "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
 
 
@@ -305,7 +305,7 @@ def _default_dtype(config: Any, device: torch.device, spread: bool) -> torch.dty
 def _parameters(config: Any) -> int:
     """How many parameters a model of this configuration has; none is allocated."""
     with torch.device("meta"):
-        model = _transformers().AutoModelForCausalLM.from_config(config)
+        model = library().AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

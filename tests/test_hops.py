@@ -142,6 +142,6 @@ def test_bad_questions_are_one_sentence(tmp_path):
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
-    path = hops.save({(9, 0): hops.built(CONFIG, AT)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="there is no network d3-s0 in"):
+    path = hops.save([(CONFIG, hops.built(CONFIG, AT))], tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="there is no network w16-d3-s0 in"):
         hops.trained(hops.HopConfig(depth=3), path)

@@ -959,7 +959,7 @@ class Hops(Run):
     """Small networks that learn questions of several hops: depths times seeds."""
 
     ending = ".pt"
-    kept = (16, 0)  # width and seed of those whose weights are archived
+    kept = (0,)  # seeds of those whose weights are archived
 
     def __init__(self, steps: int | None):
         narrow = [
@@ -989,14 +989,14 @@ class Hops(Run):
         return torch.load(path, weights_only=True)["step"] == self.configs[i].steps
 
     def assemble(self, done, args):
-        tables, networks, seconds = [], {}, 0.0
+        tables, networks, seconds = [], [], 0.0
         for i, path in done.items():
             config = self.configs[i]
             network, tests = hops.train(config, path)  # is trained already
             about = {name: getattr(config, name) for name in ("width", "depth", "seed")}
             tables.append(tests.assign(**about))
-            if (config.width, config.seed) == self.kept:
-                networks[config.depth, config.seed] = network
+            if config.seed in self.kept:
+                networks.append((config, network))
             seconds += json.loads(path.with_suffix(".json").read_text())["seconds"]
         first, seeds = self.configs[0], sorted({self.configs[i].seed for i in done})
         table = archive.save(
