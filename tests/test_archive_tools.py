@@ -147,6 +147,45 @@ def test_recordings_of_the_real_model_and_what_they_are_of(call, tmp_path, monke
     assert (tokens.query("not random")["position"] < 4).all() and "angles_30" in tokens
 
 
+def test_effects_on_the_real_model_go_into_one_archive_each(call, tmp_path, monkeypatch):
+    command = sys.modules["archive"]
+    some = {"skipped": "skips", "facts": "facts", "direct": "skips"}
+    monkeypatch.setattr(command.Effects, "shards", some)
+    monkeypatch.setattr(command.Effects, "length", 12)
+    call("effects", "run", "--documents", "1", "--shards", "0", "1")
+    call("effects", "assemble", "--documents", "1")
+    skips = whole(tmp_path / "results" / "smollm2_135m_skips.parquet")
+    assert skips.provenance["scale"] == "smollm2-135m, 1 texts; 1 of 2 parts"
+    assert skips.frame.query("effect == 'loss'")["skipped"].tolist() == list(range(30))
+    assert set(skips.frame["shard"]) == {"skipped"}
+    facts = whole(tmp_path / "results" / "smollm2_135m_facts.parquet").frame
+    assert facts["text"].nunique() == 1 and facts["layer"].max() == 30
+    jump = facts[facts["position"] == facts["position"].max()].set_index("layer")["probability"]
+    assert jump[24] - jump[23] > 0.4
+
+
+def test_hops_and_healing_are_archived(call, tmp_path, monkeypatch):
+    command = sys.modules["archive"]
+    call("hops", "run", "--steps", "20", "--shards", "0", "2")
+    call("hops", "assemble", "--steps", "20")
+    table = whole(tmp_path / "results" / "hops.parquet")
+    assert table.provenance["scale"].endswith("2 of 19 parts")
+    assert set(table.frame["depth"]) == {1, 3} and table.frame["hops"].max() == 3
+    from depthutil import hops
+
+    network = hops.trained(
+        hops.HopConfig(depth=1), tmp_path / "results" / "hops_networks.safetensors"
+    )
+    assert hops.accuracy(network, hops.HopConfig(depth=1), 50).between(0, 1).all()
+    monkeypatch.setattr(command.Healing, "marks", (0, 1))
+    call("healing", "run", "--steps", "1", "--shards", "6", "7")
+    call("healing", "assemble", "--steps", "1")
+    healed = whole(tmp_path / "results" / "ladder_healing.parquet").frame
+    assert set(healed["depth"]) == {4} and set(healed["block"]) == {-1, 1}
+    first = healed.query("step == 0").groupby("block")["loss"].mean()
+    assert first[1] > first[-1] + 0.3
+
+
 def test_what_is_not_done_is_said(tiny, call, tmp_path):
     with pytest.raises(SystemExit, match=r"no shard of fig3b in .* is finished: run goes on"):
         call("fig3b", "assemble")

@@ -765,7 +765,7 @@ class Recordings(Run):
 class Effects(Run):
     """Effects of edits on SmolLM2, each a table; those of one kind go into one archive."""
 
-    model = "smollm2-135m"
+    model, length = "smollm2-135m", 128
     # Names, and the archive that each belongs to; in the order in which they are worth most.
     shards: dict[str, str] = {  # noqa: RUF012
         "skipped": "skips",
@@ -777,26 +777,24 @@ class Effects(Run):
         "rescaled": "removal",
         "future": "skips",
         "skipped, shuffled": "skips",
-        "skipped, untrained": "skips",
     }
 
     def __init__(self, documents: int | None):
         self.documents = documents  # for tests
         self.names = [name.replace(", ", "_") for name in self.shards]
 
-    def texts(self, tokenizer: Any, count: int, length: int = 128) -> list[dict]:
+    def texts(self, tokenizer: Any, count: int) -> list[dict]:
         """Texts evenly spaced over all, whose sources differ."""
         whole = models.texts(self.model, 10**9)
         count = self.documents or count
         some = [whole[(i * len(whole)) // count] for i in range(count)]
-        return models.batches(tokenizer, some, length=length, size=8)
+        return models.batches(tokenizer, some, length=self.length, size=8)
 
     def table(self, name: str, model: Any, tokenizer: Any) -> pd.DataFrame:
         what, _, null = name.partition(", ")
         show: dict[str, Any] = {"progress": True}
         if null:
-            std = model.config.hidden_size**-0.5
-            model = nulls.shuffled(model) if null == "shuffled" else nulls.untrained(model, std=std)
+            model = nulls.shuffled(model)
         if what in ("skipped", "direct", "future"):
             some = self.texts(tokenizer, 16 if null else 48)
             if what == "direct":
@@ -846,7 +844,7 @@ class Effects(Run):
         each = len(whole) // (self.documents or 48)
         judged, learned = whole[::each], [t for i, t in enumerate(whole) if i % each]
         learned = learned[: self.documents or len(learned)]
-        some = models.batches(tokenizer, judged, length=128, size=8)
+        some = models.batches(tokenizer, judged, length=self.length, size=8)
         found = {"as it is": iv.lens(model, some, progress=True)}
         for step in (8, 1):
             batches = models.batches(tokenizer, learned[::step], length=512, size=4)
