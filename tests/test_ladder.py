@@ -517,3 +517,28 @@ def test_the_wheel_carries_the_models():
     project = (ROOT / "pyproject.toml").read_text()
     assert 'models = "depthutil/_archived/models"' in project
     assert '"results", "models"' in project
+
+
+def test_a_model_is_trained_on_while_an_edit_holds(trained, text):
+    from depthutil import interventions
+
+    given = {"sequence": 32, "batch": 4, "text": text}
+    model = trained.model
+    whole = ladder.fine_tune(model, 0, **given)
+    assert whole["step"].unique().tolist() == [0] and whole["document"].is_unique
+    with interventions.skip(model, 1):
+        healed = ladder.fine_tune(model, 20, rate=3e-3, test_at=[5], **given)
+    loss = healed.groupby("step").apply(
+        lambda t: np.average(t["loss"], weights=t["tokens"]), include_groups=False
+    )
+    assert loss.index.tolist() == [0, 5, 20] and loss[20] < loss[0]
+    assert loss[0] != pytest.approx(np.average(whole["loss"], weights=whole["tokens"]), abs=1e-4)
+    assert not model.training
+    for steps, rate, message in ((-1, 1e-3, "steps is a whole"), (1, 0.0, "rate is a number")):
+        with pytest.raises(ValueError, match=message):
+            ladder.fine_tune(model, steps, rate=rate, **given)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="no number at step 0"):
+        ladder.fine_tune(model, 1, **given)
+    assert not model.training

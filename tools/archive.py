@@ -843,11 +843,11 @@ class Effects(Run):
         whole = models.texts(self.model, 10**9)
         each = len(whole) // (self.documents or 48)
         judged, learned = whole[::each], [t for i, t in enumerate(whole) if i % each]
-        learned = learned[: self.documents or len(learned)]
-        some = models.batches(tokenizer, judged, length=self.length, size=8)
+        learned = learned[: self.documents or len(learned) : 3]
+        some = models.batches(tokenizer, judged, length=self.length // 2, size=16)
         found = {"as it is": iv.lens(model, some, progress=True)}
         for step in (8, 1):
-            batches = models.batches(tokenizer, learned[::step], length=512, size=4)
+            batches = models.batches(tokenizer, learned[::step], length=256, size=4)
             tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
             reader = iv.affine_lens(model, batches)
             found[f"through maps, {tokens:,} tokens"] = iv.lens(model, some, reader=reader)
