@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -202,13 +202,6 @@ def following(inputs: Mapping[str, Tensor]) -> Tensor:
     return there
 
 
-class Output(NamedTuple):
-    """What a model says at some positions: log-probabilities, and the loss of what comes next."""
-
-    logs: Tensor
-    loss: Tensor
-
-
 def said(live: Stream, last: Tensor, where: Tensor, targets: Tensor) -> Iterator[tuple]:
     """Log-probabilities and losses, some positions at a time.
 
@@ -227,20 +220,9 @@ def said(live: Stream, last: Tensor, where: Tensor, targets: Tensor) -> Iterator
     size = max(1, _LOGITS.get(live.device.type, 2**22) // live.parts.vocabulary)
     for start in range(0, len(where), size):
         rows = where[start : start + size]
-        logs = normed_logits(live, flat[rows.to(flat.device)]).log_softmax(-1)
+        logs = live.parts.decoded(flat[rows.to(flat.device)]).log_softmax(-1)
         goal = targets[start : start + size].to(logs.device)
         yield slice(start, start + size), logs, -logs.gather(1, goal[:, None]).squeeze(1)
-
-
-def normed_logits(live: Stream, normed: Tensor) -> Tensor:
-    """Logits of states that have been through the final norm."""
-    parts = live.parts
-    if parts.head is None:
-        raise ValueError(f"{live.name} has no head: load the causal language model")
-    logits = parts.head(normed.to(device_of(parts.head)))
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    logits = logits if parts.scale == 1 else parts.scale * logits
-    return logits if parts.softcap is None else parts.softcap * torch.tanh(logits / parts.softcap)
 
 
 class Tally:

@@ -16,10 +16,8 @@ from depthutil.interventions.passes import (
     Tally,
     batched,
     following,
-    normed_logits,
     opened,
 )
-from depthutil.stream import Stream, device_of
 
 
 @dataclass(frozen=True)
@@ -157,13 +155,13 @@ def _read(passes: Passes, keep: Tensor, reader: AffineLens | None, top: int, tal
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         goal = targets[start : start + size]
-        final = normed_logits(live, passes.last.flatten(0, 1)[some]).log_softmax(-1)
+        final = live.parts.decoded(passes.last.flatten(0, 1)[some]).log_softmax(-1)
         theirs = final.topk(top, -1).indices
         for layer, states in enumerate(passes.states):
             picked = states.flatten(0, 1)[some.to(states.device)]
             if reader is not None:
                 picked = reader.read(picked, layer)
-            early = logits_of(live, picked).log_softmax(-1)
+            early = live.parts.logits(picked.to(live.device)).log_softmax(-1)
             loss = -early.gather(1, goal.to(early.device)[:, None]).squeeze(1)
             ours = early.topk(top, -1).indices
             shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
@@ -173,12 +171,6 @@ def _read(passes: Passes, keep: Tensor, reader: AffineLens | None, top: int, tal
     for layer in range(count):
         for kind, name in enumerate(kinds):
             tally.add((layer, name), full[layer, kind].view(shape), keep)
-
-
-def logits_of(live: Stream, states: Tensor) -> Tensor:
-    """Logits of states that have not been through the final norm."""
-    norm = live.parts.norm
-    return normed_logits(live, states if norm is None else norm(states.to(device_of(norm))))
 
 
 def spoken(
@@ -227,7 +219,7 @@ def spoken(
         states = Passes(live, inputs).states
         for layer, state in enumerate(states):
             state = state[0] if reader is None else reader.read(state[0], layer)
-            best = logits_of(live, state).softmax(-1).topk(top)
+            best = live.parts.logits(state.to(live.device)).softmax(-1).topk(top)
             for position, number in enumerate(ids):
                 for rank in range(top):
                     says = tokenizer.decode([int(best.indices[position, rank])])

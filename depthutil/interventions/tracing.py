@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from depthutil import _checks, _runs, moments
 from depthutil.interventions.edits import noise as disturbed
-from depthutil.interventions.passes import Passes, batched, normed_logits, opened
+from depthutil.interventions.passes import Passes, batched, opened
 from depthutil.stream import Stream
 
 
@@ -146,7 +146,7 @@ def _erased(
 
 def _odds(live: Stream, last: Tensor, places: list[int]) -> Tensor:
     """Probabilities at some positions, ``(documents, places, vocabulary)``."""
-    return normed_logits(live, last[:, places]).softmax(-1)
+    return live.parts.decoded(last[:, places]).softmax(-1)
 
 
 def _places(passes: Passes, read: int | Sequence[int]) -> list[int]:

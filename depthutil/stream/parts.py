@@ -154,15 +154,18 @@ class Anatomy:
 
     def logits(self, states: Tensor) -> Tensor:
         """What the final norm and the head make of states ``(…, width)``, in float32 or better."""
+        return self.decoded(states if self.norm is None else self.norm(states))
+
+    def decoded(self, normed: Tensor) -> Tensor:
+        """What the head makes of states that have been through the final norm."""
         if self.head is None:
             raise ValueError(
                 f"this {self.family} model has no head: load the causal language model, not the "
                 "bare backbone"
             )
-        states = states if self.norm is None else self.norm(states)
         weight = next(self.head.parameters())
         # Weights that a device_map keeps on disk are on no device until they are used.
-        logits = self.head(states if weight.is_meta else states.to(weight.device))
+        logits = self.head(normed if weight.is_meta else normed.to(weight.device))
         logits = logits if logits.dtype == torch.float64 else logits.float()
         logits = logits if self.scale == 1 else self.scale * logits
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
