@@ -810,3 +810,12 @@ def test_grouped_heads_and_sixteen_bits(family):
     with iv.skip(model, 1):
         assert (logits(model, ids) - hand(order=[0, 2])).abs().max() < 0.05
     assert np.isfinite(iv.skip_effects(model, [ids])["mean"]).all()
+
+
+def test_the_largest_of_losses_that_all_fall_is_below_zero():
+    from depthutil.interventions.passes import Tally
+
+    tally = Tally()
+    tally.add(("a",), torch.tensor([[-2.0, -1.0, 5.0]]), torch.tensor([[True, True, False]]))
+    tally.end(("what",))
+    assert tally.per_document(("what",))[["mean", "max"]].to_numpy().tolist() == [[-1.5, -1.0]]

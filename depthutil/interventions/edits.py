@@ -376,14 +376,14 @@ def noise(model: nn.Module, positions: Positions, scale: float, seed: int = 0) -
     (True, True)
     """
     live = Stream(model)
-    scale = _checks.number(scale, "scale", low=0)
+    scale, seed = _checks.number(scale, "scale", low=0), _checks.count(seed, "seed", low=0)
     if live.parts.embedding is None:
         raise ValueError(f"{live.name} has no token embedding to add noise to")
     where, unit = Where(positions), embedding_std(live.parts)
 
     def disturbed(returned: Tensor) -> Tensor:
         inside = where(returned)
-        rng = _runs.generator("noise", _checks.count(seed, "seed", low=0))
+        rng = _runs.generator("noise", seed)
         drawn = torch.randn(returned.shape, generator=rng).to(returned)
         added = returned + scale * unit * drawn
         return added if inside is None else torch.where(inside, added, returned)

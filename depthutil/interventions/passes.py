@@ -161,7 +161,7 @@ class Passes:
 
 
 def opened(model: nn.Module) -> Stream:
-    """A model to measure effects on: in evaluation mode, with a head.
+    """A model to measure effects on: in evaluation mode.
 
     Examples
     --------
@@ -239,8 +239,10 @@ class Tally:
     def add(self, key: tuple, values: Tensor, keep: Tensor) -> None:
         """Values ``(documents, positions)`` of what ``key`` names, where ``keep`` is true."""
         keep = keep.to(values.device)
-        values = torch.where(keep, values.double(), 0)
-        found = torch.stack([values.sum(1), keep.sum(1).double(), values.amax(1)], 1)
+        values = values.double()
+        most = torch.where(keep, values, -torch.inf).amax(1)  # which may be below 0
+        total = torch.where(keep, values, 0).sum(1)
+        found = torch.stack([total, keep.sum(1).double(), most], 1)
         self.kept.append((key, found))
 
     def end(self, names: Sequence[str]) -> None:

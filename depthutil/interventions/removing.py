@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from depthutil import _checks, _runs, moments
+from depthutil import _checks, _runs, moments, trajectory
+from depthutil.interventions.edits import scale
 from depthutil.interventions.passes import Passes, batched, following, opened, said
 from depthutil.interventions.places import block_numbers
-from depthutil.stream import Stream, hidden, tensor, with_tensor
+from depthutil.stream import Stream
 
 ORDERS = ("influence", "end", "random")
 
@@ -38,32 +39,9 @@ def influence(model: nn.Module, batches: Iterable[Any], *, mask: str | Callable 
     >>> influence(model, [torch.randint(8, (5, 10))]).index.tolist()
     [0, 1, 2]
     """
-    live, count = opened(model), 0
-    total: Any = 0.0
-    with live.open():
-        for passes, keep in batched(live, batches, mask, False, head=False):
-            total = total + _turns(passes, keep)
-            count += int(keep.sum())
-    return pd.Series(total / count, name="influence").rename_axis("block")
-
-
-def _turns(passes: Passes, keep: Tensor) -> np.ndarray:
-    """Of each block, the sum over positions of 1 − cos."""
-    return np.array(
-        [
-            float(
-                (
-                    1
-                    - torch.cosine_similarity(
-                        one[keep.to(one.device)].double().to(other.device),
-                        other[keep.to(other.device)].double(),
-                        dim=-1,
-                    )
-                ).sum()
-            )
-            for one, other in zip(passes.states[:-1], passes.states[1:], strict=True)
-        ]
-    )
+    opened(model)
+    found = trajectory.record(model, list(batches), mask=mask).block_influence()
+    return pd.Series(found["mean"].to_numpy(), name="influence").rename_axis("block")
 
 
 def removal(
@@ -188,24 +166,14 @@ def _orders(
 
 def _without(passes: Passes, out: Sequence[int], rest: Sequence[int], factor: float) -> Tensor:
     """The last state without some blocks, and what the rest write times a factor."""
-    parts = passes.live.parts
     if factor == 1:
         first = min(out)
         later = [block for block in out if block > first]
         return passes.resume(first + 1, passes.states[first], without=later)
 
-    def scaled(module: nn.Module, args: tuple, kwargs: Mapping, output: Any) -> Any:
-        returned = tensor(output)
-        read = hidden(args, kwargs).to(returned.device)
-        return with_tensor(output, read + factor * (returned - read))
-
     first = min(*out, *rest)
-    return passes.resume(
-        first,
-        passes.states[first],
-        without=out,
-        rewriting=[(parts.blocks[block], scaled) for block in rest],
-    )
+    with scale(passes.live.model, rest, factor):
+        return passes.resume(first, passes.states[first], without=out)
 
 
 def _losses(passes: Passes, last: Tensor, rows: Tensor) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,7 @@ def fine_tune(
             adam.step()
             report(step + 1, f"loss {loss.item():.3f}")
     finally:
+        adam.zero_grad(set_to_none=True)
         model.eval()
     return pd.concat(tests, ignore_index=True)[["step", "document", "loss", "tokens"]]
 
