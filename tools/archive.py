@@ -50,6 +50,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -953,6 +954,79 @@ class Healing(Run):
         return [path]
 
 
+class Designs(Run):
+    """Models of one size that use their depth in different ways.
+
+    A baseline of fewer steps costs what a grown model costs. Up to where its learning rate
+    falls it is the long baseline, so that the two share a trunk.
+    """
+
+    ending = ".pt"
+    depth = 12
+
+    def __init__(self, steps: int | None):
+        steps = 4_000 if steps is None else steps
+        self.long = ladder.LadderConfig(
+            depths=(self.depth,), steps=steps, cooldown=0.15, warmup=min(100, steps // 4)
+        )
+        grown = replace(self.long, design=ladder.DESIGNS["midas"])
+        cost = grown.flops(self.depth) / self.long.flops(self.depth)
+        self.short = replace(self.long, steps=round(cost * steps))
+        once = ["loop-2-2x4-2", "loop-6x2", "loop-2x6", "tied", "random", "last"]
+        always = ["baseline", "midas", "lidas", "lns", "short"]
+        self.shards = [
+            (label, seed) for seed in (0, 1, 2) for label in always + (once if seed == 0 else [])
+        ]
+        self.names = [f"{label}-s{seed}-n{steps}" for label, seed in self.shards]
+        self._text: ladder.Corpus | None = None
+
+    @property
+    def text(self) -> ladder.Corpus:
+        if self._text is None:
+            self._text = ladder.corpus()
+        return self._text
+
+    def config(self, label: str) -> ladder.LadderConfig:
+        if label == "short":
+            return replace(self.short, design=ladder.Design("short"))
+        return replace(self.long, design=ladder.DESIGNS[label])
+
+    def make(self, i, path, args):
+        label, seed = self.shards[i]
+        if label == "short" and not path.exists():
+            trunk = self.path(self.shards.index(("baseline", seed)), path.parent)
+            fork = trunk.with_name(trunk.stem + "-fork.pt")
+            if not fork.exists():
+                print(f"{self.names[i]}: the baseline has not come to its fork", flush=True)
+                return
+            config = self.config("short")
+            state = torch.load(fork, map_location="cpu", weights_only=True)
+            state["settings"] |= ladder.recipe.recipe(config)
+            with archive.replacing(path) as partial:
+                torch.save(state, partial)
+        config, more = self.config(label), {"text": self.text, "progress": True, "checkpoint": path}
+        more |= {"threads": args.threads}
+        if label == "baseline":
+            fork = path.with_name(path.stem + "-fork.pt")
+            if not fork.exists():
+                stop = int(self.short.steps * (1 - self.short.cooldown))
+                ladder.train(config, self.depth, seed, stop=stop, **more)
+                with archive.replacing(fork) as partial:
+                    shutil.copy(path, partial)
+        ladder.train(config, self.depth, seed, **more)
+
+    def status(self, i, path):
+        model = ladder.LadderModel.from_checkpoint(path)
+        loss = f"held-out loss {model.losses['held_out_loss'].iloc[-1]:.4f}, " if model.step else ""
+        return f"tested at step {model.step:,}, {loss}{model.wall_seconds / 3600:.2f} h"
+
+    def finished(self, i, path):
+        return ladder.LadderModel.from_checkpoint(path).finished
+
+    def assemble(self, done, args):
+        raise NotImplementedError
+
+
 class Hops(Run):
     """Small networks that learn questions of several hops: depths times seeds."""
 
@@ -1013,7 +1087,7 @@ class Hops(Run):
 # The command ----------------------------------------------------------------------------
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
-NAMES += ("nested_steps", "smollm2", "effects", "hops", "healing", "ladder")
+NAMES += ("nested_steps", "smollm2", "effects", "hops", "healing", "designs", "ladder")
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -1033,6 +1107,8 @@ def build(args: argparse.Namespace) -> Run:
         return Recordings(args.documents)
     if name == "healing":
         return Healing(args.steps)
+    if name == "designs":
+        return Designs(args.steps)
     if name == "hops":
         return Hops(args.steps)
     if name == "effects":
@@ -1052,7 +1128,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
-        if name in (*GRIDS, *LABELLED, "updates", "hops", "healing", "ladder"):
+        if name in (*GRIDS, *LABELLED, "updates", "hops", "healing", "designs", "ladder"):
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
         if name in ("smollm2", "effects"):
             one.add_argument("--documents", type=_arguments.count, help="instead of its own")

@@ -16,6 +16,7 @@ file         holds
 ``recipe``   every setting, and the order in which to train
 ``model``    one model: how it begins, what it reached, its card
 ``training`` :func:`train`, :func:`best_rate`
+``designs``  :class:`Design`: growing, looping, tying, scaled norms and writes
 ``tuning``   :func:`fine_tune`, of a model that has been changed
 ``family``   all models together: :func:`assemble`, and reading what it wrote
 ============ ===================================================================
@@ -30,6 +31,7 @@ from depthutil.corpus import (
     held_out,
     write_tokenizer,
 )
+from depthutil.ladder.designs import DESIGNS, Design
 from depthutil.ladder.family import assemble, curves, documents, losses, members
 from depthutil.ladder.model import LadderModel
 from depthutil.ladder.recipe import LadderConfig, Shard, shards, slug
@@ -38,8 +40,10 @@ from depthutil.ladder.tuning import fine_tune
 
 __all__ = [
     "BOS",
+    "DESIGNS",
     "VOCABULARY",
     "Corpus",
+    "Design",
     "Document",
     "LadderConfig",
     "LadderModel",

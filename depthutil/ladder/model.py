@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _runs, archive
+from depthutil import _runs, archive, surgery
 from depthutil.corpus import BOS, VOCABULARY, Corpus, write_tokenizer
+from depthutil.ladder.designs import Design, plain_weights
 from depthutil.ladder.recipe import HEAD, LadderConfig
+from depthutil.stream import anatomy
 
 
-def new_model(config: LadderConfig, depth: int, seed: int) -> Any:
-    """A model to train. Each matrix is drawn by its own name: depth changes none of them."""
+def new_model(config: LadderConfig, depth: int, seed: int, step: int = 1) -> Any:
+    """A model to train. Each matrix is drawn by its own name: depth changes none of them.
+
+    One that grows has the depth of a step.
+    """
+    unique = len(set(config.design.layers(depth)))
+    if config.design.grow is not None:
+        unique = config.design.depth_at(depth, step, config.steps)
+    return config.design.arranged(_drawn(config, unique, seed), depth)
+
+
+def _drawn(config: LadderConfig, depth: int, seed: int) -> Any:
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
@@ -162,8 +174,15 @@ class LadderModel:
     @cached_property
     def model(self) -> Any:
         """The ``LlamaForCausalLM``, on the CPU, in evaluation mode."""
-        model = new_model(self.config, self.settings["depth"], self.settings["seed"])
-        model.load_state_dict(self.weights)
+        trained = new_model(self.config, self.settings["depth"], self.settings["seed"], self.step)
+        trained.load_state_dict(self.weights)
+        config = replace(self.config, design=Design())
+        model = _drawn(config, anatomy(trained).depth, self.settings["seed"])
+        model.load_state_dict(plain_weights(trained))
+        shared = [i for i, first in enumerate(surgery.sharing(trained)) if first != i]
+        if shared:
+            layers = surgery.sharing(trained)
+            surgery.tie(model, [[i for i, f in enumerate(layers) if f == k] for k in set(layers)])
         return model.eval()
 
     def save(self, folder: str | os.PathLike) -> Path:
@@ -181,7 +200,7 @@ class LadderModel:
             config |= {"architectures": [type(self.model).__name__], "rope_theta": 10000.0}
             config |= {"dtype": "float32", "torch_dtype": "float32"}
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            weights = safetensors.torch.save(self.weights, {"format": "pt"})
+            weights = safetensors.torch.save(self.model.state_dict(), {"format": "pt"})
             (partial / "model.safetensors").write_bytes(weights)
             write_tokenizer(partial, self.settings["sequence"])
             (partial / "README.md").write_text(self.card())

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from depthutil import _checks
 from depthutil.corpus import VOCABULARY
+from depthutil.ladder.designs import Design
 
 HEAD = 16  # channels of an attention head
 
@@ -86,6 +87,13 @@ class LadderConfig:
         Held-out sequences in the last test; all by default.
     scale : str
         What to call the size of this run in captions.
+    cooldown : float, optional
+        Instead of a cosine, a constant rate that falls to zero over this last share of the steps,
+        by one less the square root of what has passed of it. Runs of several lengths then share
+        all but their ends, and a model that grows can do so before the rate falls (Kapl et al.,
+        arXiv 2512.08819). With 0 it stays constant.
+    design : Design
+        How the models use their depth.
 
     Raises
     ------
@@ -114,8 +122,12 @@ class LadderConfig:
     test_sequences: int = 256
     final_sequences: int | None = None
     scale: str = "custom"
+    cooldown: float | None = None
+    design: Design = field(default_factory=Design)
 
     def __post_init__(self) -> None:
+        if isinstance(self.design, dict):  # as JSON holds it
+            object.__setattr__(self, "design", Design(**self.design))
         _checks.sequences(self, ("depths", "seeds"), int)
         _checks.sequences(self, ("learning_rates",), float)
         sizes = ("width", "sequence", "batch", "steps", "search_steps", "test_every")
@@ -136,6 +148,8 @@ class LadderConfig:
             raise ValueError(f"warmup is less than the {self.steps:,} steps, not {self.warmup}")
         if len(self.learning_rates) > 1 and self.warmup >= self.search_steps:
             raise ValueError(f"search_steps are more than the warmup of {self.warmup}")
+        if self.cooldown is not None and not 0 <= self.cooldown < 1:
+            raise ValueError(f"cooldown is a share of the steps below 1, not {self.cooldown}")
 
     @classmethod
     def at(cls, scale: str = "cpu", **changes: Any) -> LadderConfig:
@@ -188,12 +202,45 @@ class LadderConfig:
         """Number of parameters of a model; embedding and head are separate matrices."""
         m = self.width
         layer = 4 * m * m + 3 * m * self.hidden + 2 * m
-        return depth * layer + 2 * VOCABULARY * m + m
+        return len(set(self.design.layers(depth))) * layer + 2 * VOCABULARY * m + m
+
+    def flops(self, depth: int, step: int | None = None) -> float:
+        """Operations of the products in training up to a step, by default to the end.
+
+        Six for each weight and token, two forward and four backward, a weight that is used twice
+        counting twice; and those of attention, which weighs ``sequence / 2`` states in the mean.
+        The embedding is looked up and costs none.
+
+        Examples
+        --------
+        >>> grown = LadderConfig(depths=(12,), design=Design(grow="midas"))
+        >>> round(grown.flops(12) / LadderConfig().flops(12), 2)
+        0.77
+        """
+        m, steps = self.width, self.steps if step is None else step
+        layer = 6 * (4 * m * m + 3 * m * self.hidden) + 6 * m * self.sequence
+        head = 6 * VOCABULARY * m
+        each = self.batch * self.sequence
+        layers, before = 0, 0
+        depths = self.design.depths(depth)
+        for number, deep in enumerate(depths):
+            end = self.growth(depth)[number] if number + 1 < len(depths) else steps
+            layers += deep * max(min(end, steps) - before, 0)
+            before = max(before, min(end, steps))
+        return float(each) * (layers * layer + steps * head)
+
+    def growth(self, depth: int) -> list[int]:
+        """After which step each stage of a growing model ends."""
+        return self.design.ends(depth, self.steps)
 
     def rate(self, peak: float, step: int) -> float:
         """Learning rate of the update that follows ``step`` updates."""
         if step < self.warmup:
             return peak * (step + 1) / self.warmup
+        if self.cooldown is not None:
+            falling = self.cooldown * self.steps
+            past = (step - (self.steps - falling)) / falling if falling else 0.0
+            return peak * (1 - math.sqrt(max(past, 0.0)))
         part = (step - self.warmup) / (self.steps - self.warmup)
         return peak * 0.5 * (1 + math.cos(math.pi * part))
 
@@ -205,7 +252,8 @@ class LadderConfig:
         >>> LadderConfig().name(depth=8, seed=0)
         'ladder-w64-d08-s0'
         """
-        return f"ladder-w{self.width}-d{depth:02d}-s{seed}"
+        label = f"-{self.design.label}" if self.design.label else ""
+        return f"ladder-w{self.width}-d{depth:02d}{label}-s{seed}"
 
 
 class Shard(NamedTuple):
@@ -245,4 +293,9 @@ def slug(config: LadderConfig, depth: int, seed: int) -> str:
 def recipe(config: LadderConfig) -> dict[str, Any]:
     """What one model's training depends on, as JSON holds it."""
     other = {"depths", "seeds", "scale", "learning_rates", "search_steps"}
+    # What came later is left out where it changes nothing, so that names stay what they were.
+    other |= {name for name, usual in _USUAL.items() if getattr(config, name) == usual}
     return json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in other}))
+
+
+_USUAL = {"cooldown": None, "design": Design()}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthutil import _runs, archive, moments
+from depthutil import _checks, _runs, archive, moments, surgery
 from depthutil.corpus import Corpus, Windows, corpus, pieces
 from depthutil.ladder.model import LadderModel, new_model, read_checkpoint
 from depthutil.ladder.recipe import LadderConfig, Shard, recipe, slug
@@ -43,6 +43,7 @@ def train(
     threads: int | None = None,
     compiled: bool | None = None,
     autocast: bool = False,
+    stop: int | None = None,
 ) -> LadderModel:
     """Train one model of a ladder.
 
@@ -73,6 +74,8 @@ def train(
         interrupted run goes on as it began.
     autocast : bool
         Products in bfloat16, for GPUs; float32 otherwise.
+    stop : int, optional
+        Train no further than this step for now; with a checkpoint, another call goes on.
 
     Returns
     -------
@@ -117,19 +120,22 @@ def train(
         trainer = Trainer(config, depth, seed, rate, *options)
         if state is not None and path is not None:
             trainer.load(path, state)
-        _run(trainer, path, checkpoint_seconds, progress)
+        _run(trainer, path, checkpoint_seconds, progress, stop)
     return LadderModel.of(trainer)
 
 
-def _run(trainer: Trainer, path: Path | None, every: float, progress: Any) -> None:
+def _run(
+    trainer: Trainer, path: Path | None, every: float, progress: Any, stop: int | None
+) -> None:
     earlier, steps, saved = trainer.seconds, trainer.config.steps, 0.0
+    end = steps if stop is None else min(_checks.count(stop, "stop"), steps)
     of = f"depth {trainer.shard.depth}, seed {trainer.shard.seed}: step"
     report = _runs.Progress(progress, steps, trainer.step, of=of, first=False)
-    while trainer.step < steps:
+    while trainer.step < end:
         trainer.advance()
         report(trainer.step, trainer.tell())
         trainer.seconds = earlier + report.seconds
-        if path is not None and (trainer.step == steps or report.seconds - saved >= every):
+        if path is not None and (trainer.step == end or report.seconds - saved >= every):
             trainer.save(path)
             saved = report.seconds
 
@@ -213,24 +219,38 @@ class Trainer:
             {"params": [w for w in weights if w.dim() == 2], "weight_decay": config.weight_decay},
             {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
         ]
-        self.weights = weights
         # One pass over the weights instead of a dozen; PyTorch before 2.4 has it on GPUs only.
         fused = {"fused": True} if device.type == "cuda" or torch.__version__ >= "2.4" else {}
         self.adam = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95), **fused)
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=autocast)
         self.tail = _loss
         if compiled:
-            # Block by block, so that one compilation, of seconds, serves every block and depth.
-            for block in self.model.model.layers:
-                block.compile(dynamic=False)
+            self.compile()
             self.tail = torch.compile(_loss, dynamic=False)
+
+    def compile(self) -> None:
+        """Block by block, so that one compilation, of seconds, serves every block and depth."""
+        for block in self.model.model.layers:
+            block.compile(dynamic=False)
+
+    def grow(self) -> None:
+        """To the depth of this step, weights and optimizer."""
+        depth, seed = self.shard
+        design, layers = self.config.design, self.model.model.layers
+        deep = design.depth_at(depth, self.step, self.config.steps)
+        while design.grow is not None and len(layers) < deep:
+            more = {"method": design.grow, "block": design.block, "seed": seed}
+            surgery.grow(self.model, self.adam, **more)
+            if self.compiled:
+                self.compile()
 
     def advance(self) -> None:
         """One step of AdamW and, where it is time, a test."""
+        self.grow()
         rows = torch.from_numpy(self.batch(self.step)).to(self.device)
         loss = self.loss(rows)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.adam.param_groups:
             group["lr"] = self.config.rate(self.peak, self.step)
         self.adam.step()
@@ -335,10 +355,13 @@ class Trainer:
                 f"{path} belongs to a model with other {', '.join(other)}: remove it, or name "
                 "another folder"
             )
+        # As deep as it was in its last update: it may grow before the next.
+        self.step, self.seconds = max(state["step"] - 1, 0), state["seconds"]
+        self.grow()
+        self.step = state["step"]
         self.model.load_state_dict(state["weights"])
         self.adam.load_state_dict(state["adam"])
         self.total.copy_(state["total"])
-        self.step, self.seconds = state["step"], state["seconds"]
         self.records, self.final = state["records"], state["final"]
 
 
