@@ -2,25 +2,27 @@
 
 Two tasks that need nothing but the text before them, after Saunshi et al. (arXiv 2409.19044) and
 Kapl et al. (arXiv 2512.08819), who ask language models in five-shot prompts. Models as small as
-the ladder's learn them where part of what they read is of this kind: :func:`rows` mixes questions
-into training, :func:`accuracy` asks. In bytes, as the ladder reads them::
+the ladder's answer none of them until they are trained to: ``depthutil.ladder.learn`` does, and
+:func:`accuracy` asks. In bytes, as the ladder reads them::
 
     wqf pjn dlo ... tsa|pjn dlo ... gks → the word that followed there
     h=4 q=9 a=0 m=7 c=2 ?m= → 7                                    assignment of depth 0
     h=4 q=9 a=0 m=7 c=2 b=q x=m ... ?x= → 7                        of depth 1
 
-The loss of text and the share of right answers can then be compared between ways of using depth
-at the same time.
+How fast they are learned can be compared between ways of using depth.
 """
 
 from __future__ import annotations
 
+import itertools
 import string
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from depthutil import _checks
 from depthutil.corpus import BOS
@@ -93,7 +95,7 @@ def example(task: str, seed: int | np.random.Generator = 0) -> Example:
     digits = [str(d) for d in rng.permutation(10)[:_VARIABLES]]
     value = {letters[n]: d for n, d in zip(names[0], digits, strict=True)}
     said = [f"{name}={digit}" for name, digit in value.items()]
-    for below, level in zip(names, names[1:], strict=False):
+    for below, level in itertools.pairwise(names):
         for name, alias in zip(level, rng.permutation(below), strict=True):
             said.append(f"{letters[name]}={letters[alias]}")
             value[letters[name]] = value[letters[alias]]
@@ -107,40 +109,47 @@ def example(task: str, seed: int | np.random.Generator = 0) -> Example:
     )
 
 
-def rows(count: int, sequence: int, seed: Any = 0) -> np.ndarray:
-    """Sequences of random questions, one behind the other, to train on.
+def questions(tasks: Sequence[str], count: int, seed: Any = 0) -> tuple[Tensor, Tensor]:
+    """Random questions with their answers, to train on.
 
     Parameters
     ----------
-    count, sequence : int
-        Number of sequences, and bytes in each.
+    tasks : sequence of str
+        Each question is of one of them, at random.
+    count : int
     seed : int or sequence of int
 
     Returns
     -------
-    numpy.ndarray
-        ``(count, sequence + 1)``: the token that begins a text, then bytes.
+    tuple of torch.Tensor
+        Tokens, ``(count, length)``, filled up with zeros, and what is to be predicted from each,
+        −100 where nothing is: answers alone are scored. Most of a question is random, and a
+        small model that is made to predict it learns nothing else.
 
     Examples
     --------
-    >>> rows(2, 100).shape
-    (2, 101)
+    >>> ids, targets = questions(["copying"], 2)
+    >>> ids.shape == targets.shape, int((targets >= 0).sum()) > 0
+    (True, True)
     """
-    rng, found = np.random.default_rng(seed), []
-    tasks = list(TASKS)
-    for _ in range(_checks.count(count, "count")):
-        text = b""
-        while len(text) < sequence:
-            one = example(tasks[rng.integers(len(tasks))], rng)
-            text += (one.prompt + one.rest).encode()
-        found.append(np.frombuffer(text[:sequence], np.uint8))
-    begin = np.full((count, 1), BOS)
-    return np.concatenate([begin, np.stack(found)], 1).astype(np.int64)
+    rng = np.random.default_rng(seed)
+    chosen = rng.integers(len(tasks), size=_checks.count(count, "count"))
+    asked = [example(tasks[number], rng) for number in chosen]
+    lines = [(one.prompt + one.rest).encode() for one in asked]
+    ids = torch.zeros(count, max(map(len, lines)), dtype=torch.long)
+    targets = torch.full_like(ids, -100)
+    ids[:, 0] = BOS
+    for row, (one, line) in enumerate(zip(asked, lines, strict=True)):
+        tokens = torch.tensor(list(line))
+        # The newline that ends a line is read by nobody.
+        ids[row, 1 : len(line)] = tokens[:-1]
+        targets[row, len(one.prompt) : len(line)] = tokens[len(one.prompt) :]
+    return ids, targets
 
 
 @torch.no_grad()
 def accuracy(
-    model: Any, count: int = 500, *, seed: int = 0, tasks: tuple[str, ...] = tuple(TASKS)
+    model: Any, count: int = 500, *, seed: int = 0, tasks: Sequence[str] = tuple(TASKS)
 ) -> pd.DataFrame:
     """Ask a model whose tokens are bytes.
 

@@ -25,7 +25,7 @@ FLOORS = (
         "directions",
     },
     {"stream", "scaling", "signatures", "explorer", "gguf_file"},
-    {"models", "regimes", "trajectory", "toy"},
+    {"models", "regimes", "trajectory", "toy", "surgery", "primitives"},
     {"ladder", "interventions", "hops"},
 )
 # Rooms that moved, kept so that notebooks of before go on working.

@@ -17,7 +17,7 @@ file         holds
 ``model``    one model: how it begins, what it reached, its card
 ``training`` :func:`train`, :func:`best_rate`
 ``designs``  :class:`Design`: growing, looping, tying, scaled norms and writes
-``tuning``   :func:`fine_tune`, of a model that has been changed
+``tuning``   :func:`fine_tune`, of a model that has been changed; :func:`learn`, a task
 ``family``   all models together: :func:`assemble`, and reading what it wrote
 ============ ===================================================================
 """
@@ -36,7 +36,7 @@ from depthutil.ladder.family import assemble, curves, documents, losses, members
 from depthutil.ladder.model import LadderModel
 from depthutil.ladder.recipe import LadderConfig, Shard, shards, slug
 from depthutil.ladder.training import best_rate, train
-from depthutil.ladder.tuning import fine_tune
+from depthutil.ladder.tuning import fine_tune, learn
 
 __all__ = [
     "BOS",
@@ -55,6 +55,7 @@ __all__ = [
     "documents",
     "fine_tune",
     "held_out",
+    "learn",
     "losses",
     "members",
     "shards",

@@ -119,7 +119,8 @@ class Design:
         if self.loop is not None:
             before, looped, times, _ = self.loop
             surgery.loop(model, before, before + looped - 1, times)
-        for number, block in enumerate(anatomy(model).blocks):
+        blocks: Any = anatomy(model).blocks
+        for number, block in enumerate(blocks):
             if self.norm_scaling:
                 scale = (number + 1) ** -0.5
                 block.input_layernorm = _Scaled(block.input_layernorm, scale)
@@ -156,9 +157,11 @@ class _Scaled(nn.Module):
     steps of one size, whatever stands before it.
     """
 
-    def __init__(self, module: nn.Module, scale: float):
+    scale: Tensor
+
+    def __init__(self, module: Any, scale: float):
         super().__init__()
-        self.weight = module.weight
+        self.weight: nn.Parameter = module.weight
         self.linear = isinstance(module, nn.Linear)
         self.epsilon = getattr(module, "variance_epsilon", 0.0)
         # A buffer, and no number that a compiler would take for a reason to compile again.

@@ -239,8 +239,7 @@ class Trainer:
         design, layers = self.config.design, self.model.model.layers
         deep = design.depth_at(depth, self.step, self.config.steps)
         while design.grow is not None and len(layers) < deep:
-            more = {"method": design.grow, "block": design.block, "seed": seed}
-            surgery.grow(self.model, self.adam, **more)
+            surgery.grow(self.model, self.adam, design.grow, design.block, seed=seed)
             if self.compiled:
                 self.compile()
 

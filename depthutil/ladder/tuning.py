@@ -1,15 +1,15 @@
-"""Train a model of the ladder on for a little, whatever has been done to it."""
+"""Train a model of the ladder on, for a little or on another task, whatever was done to it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from depthutil import _checks, _runs
+from depthutil import _checks, _runs, primitives
 from depthutil.corpus import Corpus, Windows, corpus, pieces
 
 
@@ -77,36 +77,117 @@ def fine_tune(
     >>> tests["step"].tolist(), tests["tokens"].tolist()
     ([0, 2], [20, 20])
     """
-    steps = _checks.count(steps, "steps", low=0)
-    rate = _checks.number(rate, "rate", low=0, above=True)
     text = corpus() if text is None else text
     windows = Windows(text.training, sequence, batch, seed)
     rows, owners = pieces(text.held_out, sequence)
     chosen = np.linspace(0, len(rows) - 1, min(test_sequences, len(rows))).astype(int)
     rows, owners = rows[chosen], owners[chosen]
+    tests = []
+    marks = {0, steps, *test_at}
+    for step in _steps(model, steps, rate, lambda step: _text_loss(model, windows(step)), progress):
+        if step in marks:
+            tests.append(_test(model, rows, owners).assign(step=step))
+    return pd.concat(tests, ignore_index=True)[["step", "document", "loss", "tokens"]]
+
+
+def learn(
+    model: Any,
+    tasks: str | Sequence[str],
+    steps: int,
+    *,
+    rate: float = 1e-3,
+    batch: int = 32,
+    seed: int = 0,
+    test_at: Sequence[int] = (),
+    questions: int = 500,
+    progress: Any = False,
+) -> pd.DataFrame:
+    """Train a model of the ladder on :mod:`depthutil.primitives`, and ask it.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        Whose tokens are bytes; it is changed, and left in evaluation mode.
+    tasks : str or sequence of str
+        Learned at the same time.
+    steps, rate, batch
+        Steps of AdamW, its constant rate, questions in each step.
+    seed : int
+        Of the questions: the same ones for every model.
+    test_at : sequence of int
+        After how many steps to ask, besides the beginning and the end.
+    questions : int
+        For each task in each test, of another seed than those of training.
+    progress : bool or callable
+
+    Returns
+    -------
+    pandas.DataFrame
+        That of :func:`depthutil.primitives.accuracy` with ``step``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such task, or a number is impossible.
+    FloatingPointError
+        If the loss is no number any more.
+
+    Examples
+    --------
+    >>> from depthutil.ladder import LadderConfig
+    >>> from depthutil.ladder.model import new_model
+    >>> asked = learn(new_model(LadderConfig(width=16), 1, 0), "copying", 2, questions=20)
+    >>> asked[["step", "task"]].values.tolist()
+    [[0, 'copying'], [2, 'copying']]
+    """
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    batch = _checks.count(batch, "batch")
+    primitives.questions(names, 1)
+
+    def loss(step: int) -> torch.Tensor:
+        ids, targets = primitives.questions(names, batch, [seed, step])
+        logits = model(ids.to(model.device), use_cache=False).logits.float()
+        return torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets.to(model.device))
+
+    tests = []
+    for step in _steps(model, steps, rate, loss, progress):
+        if step in {0, steps, *test_at}:
+            asked = primitives.accuracy(model, questions, seed=10_000 + seed, tasks=names)
+            tests.append(asked.assign(step=step))
+    return pd.concat(tests, ignore_index=True)
+
+
+def _steps(
+    model: Any, steps: int, rate: float, loss_at: Callable[[int], torch.Tensor], progress: Any
+) -> Iterator[int]:
+    """Train, and stop for a look before each step and after the last."""
+    steps = _checks.count(steps, "steps", low=0)
+    rate = _checks.number(rate, "rate", low=0, above=True)
     weights = [w for w in model.parameters() if w.requires_grad]
     adam = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    tests, marks = [], {0, steps, *test_at}
     report = _runs.Progress(progress, steps)
-    model.train()
     try:
-        for step in range(steps + 1):
-            if step in marks:
-                tests.append(_test(model, rows, owners).assign(step=step))
-            if step == steps:
-                break
-            loss = _loss(model, torch.from_numpy(windows(step)), "mean")
+        for step in range(steps):
+            model.eval()
+            yield step
+            model.train()
+            loss = loss_at(step)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the loss is no number at step {step}: lower the rate")
-            adam.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             adam.step()
+            adam.zero_grad(set_to_none=True)
             report(step + 1, f"loss {loss.item():.3f}")
+        model.eval()
+        yield steps
     finally:
         adam.zero_grad(set_to_none=True)
         model.eval()
-    return pd.concat(tests, ignore_index=True)[["step", "document", "loss", "tokens"]]
+
+
+def _text_loss(model: Any, rows: np.ndarray) -> torch.Tensor:
+    return _loss(model, torch.from_numpy(rows), "mean")
 
 
 def _loss(model: Any, rows: torch.Tensor, reduction: str) -> torch.Tensor:

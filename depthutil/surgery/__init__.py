@@ -13,20 +13,27 @@ file          holds
               :func:`early_layers`, :func:`loop`, :func:`tie`, :func:`sharing`
 ``growing``   :func:`grow` and its :func:`plan`; :func:`stages` of a schedule
 ``folding``   :func:`fold`, and :func:`laco` which folds while outputs stay alike
-``mixing``    :func:`mixed`: weights between those of two models
+``mixing``    :func:`mixed`: weights between those of two models; :func:`perturbed`, as far
+              away in a random direction
 ============= ====================================================================
 """
 
 from depthutil.surgery.arranging import arrange, drop, early_layers, loop, sharing, tie
+from depthutil.surgery.folding import fold, laco
 from depthutil.surgery.growing import METHODS, grow, plan, stages
+from depthutil.surgery.mixing import mixed, perturbed
 
 __all__ = [
     "METHODS",
     "arrange",
     "drop",
     "early_layers",
+    "fold",
     "grow",
+    "laco",
     "loop",
+    "mixed",
+    "perturbed",
     "plan",
     "sharing",
     "stages",

@@ -304,6 +304,11 @@ def alike(one: nn.Module, other: nn.Module, first: int, second: int) -> None:
         raise ValueError(f"blocks {first} and {second} are of different kinds: {different}")
 
 
+def _inside(model: Any) -> Any:
+    """The model inside a wrapper of adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _parameters(blocks: Iterable[nn.Module]) -> list[Tensor]:
     return list(dict.fromkeys(w for block in blocks for w in block.parameters()))
 
@@ -355,7 +360,7 @@ def _check_rebuilt(
             f"in this {parts.family} model what a block does depends on its place "
             "(scale_attn_by_inverse_layer_idx): blocks cannot move"
         )
-    inside: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside = _inside(model)
     config = copy.deepcopy(inside.config)
     for part in (config, config.get_text_config()):
         if getattr(part, "num_hidden_layers", None) == parts.depth:
@@ -413,14 +418,15 @@ def _kind(module: nn.Module) -> dict[str, Any]:
 def _note_sharing(model: Any, blocks: Sequence[nn.Module], configs: Sequence[Any]) -> None:
     """Remember which blocks share weights, so that saving and :func:`tie` come out right."""
     found = _shared(blocks)
+    apart = found == list(range(len(found)))
     for config in configs:
-        if found != list(range(len(found))):
+        if not apart:
             setattr(config, SHARED, found)
         elif hasattr(config, SHARED):
             delattr(config, SHARED)
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inside = _inside(model)
     # A checkpoint of safetensors cannot say that two weights are one: each is written.
-    if _apart not in inside._state_dict_hooks.values():
+    if not apart and _apart not in inside._state_dict_hooks.values():
         inside.register_state_dict_post_hook(_apart)
 
 
