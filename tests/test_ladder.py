@@ -247,6 +247,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(folder, text, tmp_path):
     code = f"""
 import os, signal
 from depthutil import ladder
+from depthutil.ladder import Design
 config = ladder.LadderConfig(**{ {f: getattr(SMALL, f) for f in SMALL.__dataclass_fields__} })
 def kill(step, steps, left):
     if step == 17:

@@ -32,6 +32,11 @@ smollm2             what SmolLM2's layers write, over all English prose that Pyt
                     layer decoded early; an hour of one core
 effects             what becomes of SmolLM2 when blocks are skipped, swapped, repeated, removed,
                     read through affine maps; where its facts are; an hour of one core
+designs             models of twelve layers that grow, loop, share weights or scale their norms,
+                    beside plain ones, and what they lose; minutes each, twenty of them
+inside              what became of the layers of those models: skips, swaps, loops, lenses,
+                    signatures, likeness of weights; a minute each
+primitives          how fast those models learn to copy and to look up; minutes each
 healing             models of the ladder trained on without one of their blocks; ten minutes
 hops                networks of 1 to 6 blocks that learn to answer questions of 1 to 3 hops, and
                     their weights; a minute each
@@ -47,6 +52,7 @@ A ladder that was trained otherwise adds its losses under a name of its own, for
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -79,6 +85,7 @@ from depthutil import (
     models,
     nulls,
     regimes,
+    surgery,
     toy,
     trajectory,
 )
@@ -1023,8 +1030,192 @@ class Designs(Run):
     def finished(self, i, path):
         return ladder.LadderModel.from_checkpoint(path).finished
 
+    #: Of these, and no others, weights are kept, in 16 bits.
+    kept = (
+        *((design, seed) for design in ("baseline", "midas", "lidas") for seed in (0, 1)),
+        *((design, 0) for design in ("lns", "loop-2-2x4-2", "tied")),
+    )
+
     def assemble(self, done, args):
-        raise NotImplementedError
+        curves, ends, seconds, written = [], [], 0.0, []
+        for i, path in done.items():
+            label, seed = self.shards[i]
+            found = ladder.LadderModel.from_checkpoint(path, self.text)
+            config = self.config(label)
+            flops = [config.flops(self.depth, step) for step in found.losses["step"]]
+            layers = [
+                config.design.depth_at(self.depth, step - 1, config.steps)
+                for step in found.losses["step"]
+            ]
+            about = found.losses.assign(flops=flops, layers=layers)
+            curves.append(about.assign(design=label))
+            ends.append(found.documents.assign(design=label))
+            # The short baseline's trunk is the long one's.
+            share = 1 - int(self.short.steps * (1 - self.short.cooldown)) / self.short.steps
+            seconds += found.wall_seconds * (share if label == "short" else 1)
+            if (label, seed) in self.kept:
+                written.append(found.save(args.models, dtype="float16"))
+        some = {label: asdict(self.config(label)) for label in {x for x, _ in self.shards}}
+        about = {
+            "config": {"depth": self.depth, "text": self.text.summary, "designs": some},
+            "seeds": sorted({self.shards[i][1] for i in done}),
+            "scale": f"width {self.long.width}, {self.depth} layers, {self.long.steps:,} steps"
+            + self.some(len(done)),
+            "wall_seconds": seconds,
+        }
+        for name, tables in (("designs", curves), ("designs_documents", ends)):
+            table = pd.concat(tables, ignore_index=True)
+            first = ["design", "depth", "seed"]
+            table = table[first + [c for c in table if c not in first]]
+            written.append(archive.save(table, args.results / f"ladder_{name}.parquet", **about))
+        return written
+
+
+class Inside(Run):
+    """What became of the layers of each of those models, read off their checkpoints."""
+
+    def __init__(self, steps: int | None):
+        self.designs = Designs(steps)
+        self.shards = [shard for shard in self.designs.shards if shard[0] != "short"]
+        self.names = [f"inside-{label}-s{seed}" for label, seed in self.shards]
+
+    def make(self, i, path, args):
+        source = self.designs.path(self.designs.shards.index(self.shards[i]), path.parent)
+        if path.exists():
+            return
+        if not (source.exists() and self.designs.finished(i, source)):
+            print(f"{self.names[i]}: {source.name} is not done", flush=True)
+            return
+        begin = time.perf_counter()
+        found = ladder.LadderModel.from_checkpoint(source)
+        _, tokenizer = models.load("ladder-w64-d01-s0", device="cpu")
+        texts = models.texts("ladder-w64-d01-s0", 10**6)
+        batches = models.batches(tokenizer, texts, length=128, size=64)
+        with _runs.cpu(args.threads):
+            table = self.measures(found.model, batches)
+        label, seed = self.shards[i]
+        archive.save(
+            table.assign(design=label, seed=seed),
+            path,
+            config={"design": label, "texts": len(texts), "length": 128},
+            seeds=[seed],
+            scale=f"{len(texts)} texts of 128 bytes",
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    def measures(self, model: Any, batches: list[dict]) -> pd.DataFrame:
+        """``measure, a, b, mean, stderr``: a and b are blocks, or layers where states are read."""
+        depth, rows = models.anatomy(model).depth, []
+        clean = models.losses(model, batches)
+
+        def gained(measure: str, a: int, losses: np.ndarray) -> None:
+            gain = losses - clean
+            error = gain.std(ddof=1) / len(gain) ** 0.5
+            rows.append((measure, a, -1, gain.mean(), error))
+
+        rows.append(("loss", -1, -1, clean.mean(), clean.std(ddof=1) / len(clean) ** 0.5))
+        for run in (1, 2, 3, 4):
+            for a in range(depth - 2 * run + 1):
+                ones, others = list(range(a, a + run)), list(range(a + run, a + 2 * run))
+                with iv.swap(model, ones, others):
+                    gained(f"swapped, runs of {run}", a, models.losses(model, batches))
+            for a in range(depth - run + 1):
+                looped = surgery.loop(copy.deepcopy(model), a, a + run - 1, 2)
+                gained(f"twice, runs of {run}", a, models.losses(looped, batches))
+                with iv.skip(model, list(range(a, a + run))):
+                    gained(f"skipped, runs of {run}", a, models.losses(model, batches))
+        for name, future in (("skip", False), ("future skip", True)):
+            effects = iv.skip_effects(model, batches, future, per_document=True)
+            for of in ("output", "loss", "update"):
+                score = iv.depth_score(effects, of)
+                rows.append((f"depth score, {name}, {of}", -1, -1, *score))
+            effects = iv.skip_effects(model, batches, future)
+            for row in effects.itertuples():
+                rows.append((f"{name}, {row.effect}", row.skipped, row.block, row.mean, row.stderr))
+        for row in iv.local_effects(model, batches).itertuples():
+            rows.append((f"direct, {row.effect}", row.skipped, row.block, row.mean, row.stderr))
+        learned = models.batches(
+            models.load("ladder-w64-d01-s0", device="cpu")[1],
+            [d.text[:1500] for d in ladder.corpus().training[::6]],
+            length=128,
+            size=32,
+        )
+        for name, reader in (("lens", None), ("affine lens", iv.affine_lens(model, learned))):
+            for row in iv.lens(model, batches, reader=reader).itertuples():
+                rows.append((f"{name}, {row.reading}", row.layer, -1, row.mean, row.stderr))
+        recorded = trajectory.record(model, batches, "sublayer", null=True)
+        for row in recorded.table().itertuples():
+            lag = "" if row.lag == 1 else f", lag {row.lag}"
+            rows.append((f"{row.statistic}{lag}", row.layer, -1, row.mean, row.stderr))
+        parts = models.anatomy(model).blocks
+        for name in ("mlp", "self_attn"):
+            flat = [
+                torch.cat([w.detach().flatten() for w in block.get_submodule(name).parameters()])
+                for block in parts
+            ]
+            unit = torch.stack([w / w.norm() for w in flat]).double()
+            for a, line in enumerate((unit @ unit.T).tolist()):
+                rows += [(f"similarity, {name}", a, b, value, 0.0) for b, value in enumerate(line)]
+        return pd.DataFrame(rows, columns=["measure", "a", "b", "mean", "stderr"])
+
+    def assemble(self, done, args):
+        there = [archive.load(path) for path in done.values()]
+        path = archive.save(
+            pd.concat([a.frame for a in there], ignore_index=True),
+            args.results / "ladder_designs_inside.parquet",
+            config={"shards": [a.provenance["config"] for a in there]},
+            seeds=sorted({seed for i in done for seed in [self.shards[i][1]]}),
+            scale=there[0].provenance["scale"] + self.some(len(done)),
+            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
+        )
+        return [path]
+
+
+class Primitives(Run):
+    """How fast each of those models learns to copy and to look variables up."""
+
+    marks = (0, 50, 100, 150, 200, 300, 400, 500)
+    tasks = ("copying", "assignment 0", "assignment 1", "assignment 2")
+
+    def __init__(self, steps: int | None):
+        self.designs, self.steps = Designs(steps), min(steps or 500, 500)
+        which = ("baseline", "midas", "lidas", "lns", "random")
+        self.shards = [(d, seed) for seed in (0, 1, 2) for d in which if seed == 0 or d != "random"]
+        self.names = [f"primitives-{label}-s{seed}" for label, seed in self.shards]
+
+    def make(self, i, path, args):
+        label, seed = self.shards[i]
+        source = self.designs.path(self.designs.shards.index((label, seed)), path.parent)
+        if path.exists():
+            return
+        if not (source.exists() and self.designs.finished(i, source)):
+            print(f"{self.names[i]}: {source.name} is not done", flush=True)
+            return
+        begin, model = time.perf_counter(), ladder.LadderModel.from_checkpoint(source).model
+        with _runs.cpu(args.threads):
+            asked = ladder.learn(
+                model, self.tasks, self.steps, seed=seed, test_at=self.marks, progress=True
+            )
+        archive.save(
+            asked.assign(design=label, seed=seed),
+            path,
+            config={"design": label, "steps": self.steps, "tasks": list(self.tasks)},
+            seeds=[seed],
+            scale=f"{self.steps} steps of 32 questions",
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    def assemble(self, done, args):
+        there = [archive.load(path) for path in done.values()]
+        path = archive.save(
+            pd.concat([a.frame for a in there], ignore_index=True),
+            args.results / "ladder_primitives.parquet",
+            config={"shards": [a.provenance["config"] for a in there]},
+            seeds=sorted({self.shards[i][1] for i in done}),
+            scale=there[0].provenance["scale"] + self.some(len(done)),
+            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
+        )
+        return [path]
 
 
 class Hops(Run):
@@ -1087,7 +1278,17 @@ class Hops(Run):
 # The command ----------------------------------------------------------------------------
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
-NAMES += ("nested_steps", "smollm2", "effects", "hops", "healing", "designs", "ladder")
+NAMES += (
+    "nested_steps",
+    "smollm2",
+    "effects",
+    "hops",
+    "healing",
+    "designs",
+    "inside",
+    "primitives",
+    "ladder",
+)
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -1109,6 +1310,10 @@ def build(args: argparse.Namespace) -> Run:
         return Healing(args.steps)
     if name == "designs":
         return Designs(args.steps)
+    if name == "inside":
+        return Inside(args.steps)
+    if name == "primitives":
+        return Primitives(args.steps)
     if name == "hops":
         return Hops(args.steps)
     if name == "effects":
@@ -1128,7 +1333,17 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
-        if name in (*GRIDS, *LABELLED, "updates", "hops", "healing", "designs", "ladder"):
+        if name in (
+            *GRIDS,
+            *LABELLED,
+            "updates",
+            "hops",
+            "healing",
+            "designs",
+            "inside",
+            "primitives",
+            "ladder",
+        ):
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
         if name in ("smollm2", "effects"):
             one.add_argument("--documents", type=_arguments.count, help="instead of its own")
@@ -1145,6 +1360,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--text", type=_arguments.folder, help="instead of the standard library")
     one.add_argument("--losses", metavar="LABEL", help="assemble the losses alone, as LABEL")
     one.add_argument("--models", type=_arguments.folder, default=ROOT / "models")
+    names.choices["designs"].add_argument(
+        "--models", type=_arguments.folder, default=ROOT / "models", help="where models are kept"
+    )
     return whole
 
 

@@ -78,6 +78,28 @@ class Design:
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} is a number, not {getattr(self, name)}")
 
+    def text(self, depth: int) -> str:
+        """What is done, in words, for a model of this depth.
+
+        Examples
+        --------
+        >>> Design("lns", norm_scaling=True).text(4)
+        'norm outputs of layer i, from 0, times 1/√(i + 1)'
+        """
+        said = []
+        if self.grow is not None:
+            depths = self.depths(depth)
+            growing = f"grown by {self.grow} from {depths[0]} to {depths[-1]} layers, {self.block}"
+            said.append(f"{growing} at a time, in the first {self.until:.0%} of the steps")
+        if self.loop is not None:
+            before, looped, times, behind = self.loop
+            said.append(f"{before} layers, {looped} that run {times} times, {behind} layers")
+        if self.norm_scaling:
+            said.append("norm outputs of layer i, from 0, times 1/√(i + 1)")
+        if self.write_scale != 1:
+            said.append(f"writes times {self.write_scale:.3g}")
+        return "; ".join(said) or "every layer trained from the start"
+
     def check(self, depth: int) -> None:
         """Raise a ValueError if a model of this depth cannot be made so."""
         if self.loop is not None:

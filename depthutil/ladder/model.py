@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from depthutil import _runs, archive, surgery
+from depthutil import _checks, _runs, archive, surgery
 from depthutil.corpus import BOS, VOCABULARY, Corpus, write_tokenizer
 from depthutil.ladder.designs import Design, plain_weights
 from depthutil.ladder.recipe import HEAD, LadderConfig
@@ -171,6 +171,14 @@ class LadderModel:
         """What the model is called."""
         return self.config.name(self.settings["depth"], self.settings["seed"])
 
+    @property
+    def schedule(self) -> str:
+        """How the rate goes on after the warm-up, in words."""
+        cooldown = self.settings.get("cooldown")
+        if cooldown is None:
+            return "cosine to 0"
+        return f"constant, then to 0 over the last {cooldown:.0%}" if cooldown else "constant"
+
     @cached_property
     def model(self) -> Any:
         """The ``LlamaForCausalLM``, on the CPU, in evaluation mode."""
@@ -185,8 +193,12 @@ class LadderModel:
             surgery.tie(model, [[i for i, f in enumerate(layers) if f == k] for k in set(layers)])
         return model.eval()
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write the model as ``folder/name`` in Hugging Face format with its card, or nothing."""
+    def save(self, folder: str | os.PathLike, dtype: str = "float32") -> Path:
+        """Write the model as ``folder/name`` in Hugging Face format with its card, or nothing.
+
+        ``dtype`` is that of the weights in the file, ``"float32"`` or ``"float16"``.
+        """
+        _checks.word(dtype, ("float32", "float16"), "dtype")
         if not self.finished:
             steps = self.settings["steps"]
             raise ValueError(f"{self.name} is at step {self.step:,} of {steps:,}: train it first")
@@ -198,9 +210,10 @@ class LadderModel:
             # Versions of transformers before 5 know base and precision by these names.
             config = json.loads(self.model.config.to_json_string())
             config |= {"architectures": [type(self.model).__name__], "rope_theta": 10000.0}
-            config |= {"dtype": "float32", "torch_dtype": "float32"}
+            config |= {"dtype": dtype, "torch_dtype": dtype}
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-            weights = safetensors.torch.save(self.model.state_dict(), {"format": "pt"})
+            state = {k: w.to(getattr(torch, dtype)) for k, w in self.model.state_dict().items()}
+            weights = safetensors.torch.save(state, {"format": "pt"})
             (partial / "model.safetensors").write_bytes(weights)
             write_tokenizer(partial, self.settings["sequence"])
             (partial / "README.md").write_text(self.card())
@@ -231,6 +244,8 @@ class LadderModel:
             compiled="compiled" if self.compiled else "not compiled",
             device=self.device,
             commit=self.commit,
+            schedule=self.schedule,
+            uses=self.config.design.text(s["depth"]),
             **{key: value for key, value in s.items() if key != "corpus"},
         )
 
@@ -260,8 +275,9 @@ SHA-256 `{training[sha256]}` |
 | held-out text | {held_out[documents]} documents, {held_out[bytes]:,} bytes, \
 SHA-256 `{held_out[sha256]}` |
 | recipe | AdamW, betas 0.9 and 0.95, peak rate {learning_rate:g}, \
-{warmup} steps of warm-up, cosine to 0, weight decay {weight_decay:g}, \
+{warmup} steps of warm-up, {schedule}, weight decay {weight_decay:g}, \
 gradient norm at most 1, {steps:,} steps of {batch} sequences |
+| use of depth | {uses} |
 | initial weights | normal, standard deviation {init_std:.3g} at every depth |
 | seed | {seed}: initial weights and order of the text |
 | machine | {device}; blocks {compiled} |

@@ -332,7 +332,9 @@ def _copy(block: nn.Module, configs: Sequence[Any], shared: bool) -> nn.Module:
 
 def _configs(model: nn.Module, depth: int) -> list[Any]:
     """The configurations, of the model and of parts of it, that count these blocks."""
-    found = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
+    found: dict[int, Any] = {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }
     inner = [c.get_text_config() for c in found.values() if hasattr(c, "get_text_config")]
     found |= {id(config): config for config in inner}
     return [c for c in found.values() if getattr(c, "num_hidden_layers", None) == depth]
