@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from depthutil import _runs, archive, toy
+from depthutil import _runs, archive, corpus, ladder, models, surgery, toy
 
 TINY = toy.ToyConfig(
     width=4,
@@ -184,6 +184,61 @@ def test_hops_and_healing_are_archived(call, tmp_path, monkeypatch):
     assert set(healed["depth"]) == {4} and set(healed["block"]) == {-1, 1}
     first = healed.query("step == 0").groupby("block")["loss"].mean()
     assert first[1] > first[-1] + 0.3
+
+
+def test_designs_share_a_trunk_and_are_archived_with_what_is_inside(call, tmp_path, monkeypatch):
+    command = sys.modules["archive"]
+    pages = {
+        f"page {i}": f"Page {i} says nothing that page {i + 1} does not. " * 9 for i in range(9)
+    }
+    documents = tuple(corpus.Document(name, text) for name, text in pages.items())
+    text = ladder.Corpus("nine pages", documents[:7], documents[7:])
+    tiny = ladder.LadderConfig(
+        width=16, batch=2, test_every=8, test_sequences=2, cooldown=0.25, final_sequences=2
+    )
+    monkeypatch.setattr(command.Designs, "base", tiny)
+    monkeypatch.setattr(command.Designs, "text", text)
+    models_at = ["--models", str(tmp_path / "models")]
+    call("designs", "run", "--steps", "24", "--shards", "4", *models_at)  # before its baseline
+    assert not list((tmp_path / "shards").glob("short*.pt"))
+    call("designs", "run", "--steps", "24", "--shards", "0", "2", "4", "8", *models_at)
+    call("designs", "assemble", "--steps", "24", *models_at)
+    table = whole(tmp_path / "results" / "ladder_designs.parquet").frame
+    assert table.groupby("design")["step"].max().to_dict() == {
+        "baseline": 24, "lidas": 24, "short": 19, "tied": 24
+    }  # fmt: skip
+    assert table.query("design == 'lidas'")["layers"].tolist() == [8, 12, 12]
+    spent = table.groupby("design")["flops"].max()
+    assert spent["lidas"] == pytest.approx(spent["short"], rel=0.04)
+    both = table[table["step"] == 8].set_index("design")["held_out_loss"]
+    assert both["short"] == both["baseline"]
+    # The short baseline is what it would be if it had been trained alone.
+    alone = ladder.train(
+        command.Designs(24).config("short"), 12, 0, text=text, device="cpu", threads=1
+    )
+    found = ladder.LadderModel.from_checkpoint(tmp_path / "shards" / "short-s0-n24.pt")
+    assert all(torch.equal(w, found.weights[name]) for name, w in alone.weights.items())
+    kept = {path.name for path in (tmp_path / "models").iterdir()}
+    assert kept == {f"ladder-w16-d12-{name}-s0" for name in ("baseline", "lidas", "tied")}
+    model, _ = models.load(str(tmp_path / "models" / "ladder-w16-d12-tied-s0"), device="cpu")
+    assert surgery.sharing(surgery.tie(model)) == [0] * 12
+    monkeypatch.setattr(command.Inside, "texts", 3)
+    monkeypatch.setattr(command.Inside, "step", 200)
+    call("inside", "run", "--steps", "24", "--shards", "1", "2")
+    call("inside", "assemble", "--steps", "24")
+    inside = whole(tmp_path / "results" / "ladder_designs_inside.parquet").frame
+    assert set(inside["design"]) == {"lidas"}  # MIDAS is not there
+    at = inside.set_index(["measure", "a", "b"])["mean"]
+    assert at["swapped, runs of 1", 3, -1] != 0 and at["similarity, mlp", 4, 4] == pytest.approx(1)
+    assert at["skipped, runs of 1", 3, -1] == pytest.approx(at["skip, loss", 3, 12], abs=1e-4)
+    monkeypatch.setattr(command.Primitives, "marks", (0,))
+    call("primitives", "run", "--steps", "2", "--shards", "2", "1")
+    assert not list((tmp_path / "shards").glob("primitives*.parquet"))  # nothing of two steps
+    monkeypatch.setattr(command.Primitives, "most", 1)
+    call("primitives", "run", "--steps", "24", "--shards", "2")
+    call("primitives", "assemble", "--steps", "24")
+    asked = whole(tmp_path / "results" / "ladder_primitives.parquet").frame
+    assert asked.groupby("step")["task"].nunique().to_dict() == {0: 4, 1: 4}
 
 
 def test_what_is_not_done_is_said(tiny, call, tmp_path):

@@ -970,12 +970,12 @@ class Designs(Run):
 
     ending = ".pt"
     depth = 12
+    base = ladder.LadderConfig(steps=4_000, cooldown=0.15)
 
     def __init__(self, steps: int | None):
-        steps = 4_000 if steps is None else steps
-        self.long = ladder.LadderConfig(
-            depths=(self.depth,), steps=steps, cooldown=0.15, warmup=min(100, steps // 4)
-        )
+        steps = self.base.steps if steps is None else steps
+        warmup = min(self.base.warmup, steps // 4)
+        self.long = replace(self.base, depths=(self.depth,), steps=steps, warmup=warmup)
         grown = replace(self.long, design=ladder.DESIGNS["midas"])
         cost = grown.flops(self.depth) / self.long.flops(self.depth)
         self.short = replace(self.long, steps=round(cost * steps))
@@ -1074,6 +1074,9 @@ class Designs(Run):
 class Inside(Run):
     """What became of the layers of each of those models, read off their checkpoints."""
 
+    texts = 10**6  # to measure on, at most
+    step = 6  # every so many documents of the training text, for the lens
+
     def __init__(self, steps: int | None):
         self.designs = Designs(steps)
         self.shards = [shard for shard in self.designs.shards if shard[0] != "short"]
@@ -1089,7 +1092,7 @@ class Inside(Run):
         begin = time.perf_counter()
         found = ladder.LadderModel.from_checkpoint(source)
         _, tokenizer = models.load("ladder-w64-d01-s0", device="cpu")
-        texts = models.texts("ladder-w64-d01-s0", 10**6)
+        texts = models.texts("ladder-w64-d01-s0", self.texts)
         batches = models.batches(tokenizer, texts, length=128, size=64)
         with _runs.cpu(args.threads):
             table = self.measures(found.model, batches)
@@ -1136,7 +1139,7 @@ class Inside(Run):
             rows.append((f"direct, {row.effect}", row.skipped, row.block, row.mean, row.stderr))
         learned = models.batches(
             models.load("ladder-w64-d01-s0", device="cpu")[1],
-            [d.text[:1500] for d in ladder.corpus().training[::6]],
+            [d.text[:1500] for d in ladder.corpus().training[:: self.step]],
             length=128,
             size=32,
         )
@@ -1175,10 +1178,12 @@ class Primitives(Run):
     """How fast each of those models learns to copy and to look variables up."""
 
     marks = (0, 50, 100, 150, 200, 300, 400, 500)
+    most = 500  # steps
     tasks = ("copying", "assignment 0", "assignment 1", "assignment 2")
 
     def __init__(self, steps: int | None):
-        self.designs, self.steps = Designs(steps), min(steps or 500, 500)
+        self.designs = Designs(steps)
+        self.steps = self.most
         which = ("baseline", "midas", "lidas", "lns", "random")
         self.shards = [(d, seed) for seed in (0, 1, 2) for d in which if seed == 0 or d != "random"]
         self.names = [f"primitives-{label}-s{seed}" for label, seed in self.shards]
