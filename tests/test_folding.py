@@ -49,8 +49,8 @@ def by_hand(model, group):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 @pytest.mark.parametrize("group", [[1, 2], [0, 1, 2], [1, 2, 3, 4]])
 def test_a_folded_block_is_what_the_formula_says(family, group):
-    name = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    model, ids = build(family, **{name: 6}), tokens()
+    sizes = {"num_hidden_layers": 6} | ({"n_layer": 6} if family == "gpt2" else {})
+    model, ids = build(family, **sizes), tokens()
     expected, rest = by_hand(model, group), [weights(model, n) for n in (0, 5)]
     folded = surgery.fold(copy.deepcopy(model), group)
     assert folded.config.num_hidden_layers == 6 - len(group) + 1 == len(blocks(folded))
