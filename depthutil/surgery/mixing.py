@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -150,8 +151,9 @@ def _modules(model: nn.Module, blocks: int | Sequence[int] | None, part: str) ->
     parts = anatomy(model)
     if blocks is None and part == "block":
         return [model]
-    given = range(parts.depth) if blocks is None else blocks
-    numbers = checked([given] if isinstance(given, int) else given, parts.depth)
+    given: Any = range(parts.depth) if blocks is None else blocks
+    single = isinstance(given, int | np.integer)
+    numbers = checked([given] if single else given, parts.depth)
     if part == "block":
         return [parts.blocks[number] for number in numbers]
     modules = parts.attention if part == "attention" else parts.mlp
