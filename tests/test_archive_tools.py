@@ -186,6 +186,34 @@ def test_hops_and_healing_are_archived(call, tmp_path, monkeypatch):
     assert first[1] > first[-1] + 0.3
 
 
+def test_students_of_several_seeds_are_split(call, tmp_path, monkeypatch):
+    command = sys.modules["archive"]
+    tiny = replace(command.SEEDS, width=4, depths=(1, 2), seeds=(0, 1), teachers=(0,), batch=8)
+    monkeypatch.setattr(command.Seeds, "parts", {"independent": tiny})
+    call("seeds", "run", "--steps", "40")
+    call("seeds", "assemble", "--steps", "40")
+    table = whole(tmp_path / "results" / "toy_seeds.parquet").frame
+    assert sorted(set(table["step"])) == [30, 40] and set(table["depth"]) == {0, 1, 2}
+    some = table[table["depth"] > 0]
+    # What differs between seeds is a part of the loss; the rest is what they have in common.
+    assert (some["variance"] >= 0).all() and (some["variance"] <= some["loss"] * 2).all()
+    assert (some["beyond_1"] >= some["beyond_3"] * 0.9).all()
+    assert some.query("depth == 1")["without_one"].isna().all()
+
+
+def test_halves_of_two_networks_are_put_together():
+    weights = [torch.arange(4.0).reshape(4, 1, 1), torch.arange(4.0).reshape(4, 1)]
+    assert command.odd(weights[0]).flatten().tolist() == [False, True, False, True]
+    assert command.odd(weights[1]).shape == (4, 1)
+    w1, b, w2 = command.without([weights[0], weights[1], torch.ones(4, 1, 1)], 1)
+    assert w1.flatten().tolist() == b.flatten().tolist() == [0, 2, 3]
+    assert w2.flatten().tolist() == pytest.approx([4 / 3] * 3)
+    x = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    square = (x[:, :1] * x[:, 1:]).repeat(1, 2)
+    line, parabola, cubic = (fit(square) for fit in command.polynomials(x))
+    assert line > 0.5 and max(parabola, cubic) < 1e-6
+
+
 def test_designs_share_a_trunk_and_are_archived_with_what_is_inside(call, tmp_path, monkeypatch):
     command = sys.modules["archive"]
     pages = {

@@ -25,6 +25,8 @@ patience            students trained for seven lengths of time, from one trunk
 updates             how students use their depth, while they learn (``toy.probe``)
 fig5_updates        the same of the finished students of fig5, second_order, shallow_teacher
 patience_updates    the same of the finished students of patience
+seeds               what toy students of one teacher have in common over seeds, and what they
+                    leave out; 20 minutes
 nested_steps        do narrow networks find folds, with more seeds and ten times the steps?
 ladder              the language models of models/ and their losses; more options
 smollm2             what SmolLM2's layers write, over all English prose that Python carries;
@@ -53,6 +55,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -123,6 +126,32 @@ class Run(ABC):
     def some(self, count: int) -> str:
         """What a caption adds if shards are missing."""
         return f"; {count} of {len(self.names)} parts" if count < len(self.names) else ""
+
+
+class Tables(Run):
+    """Shards that are tables, which the archive holds one below the other."""
+
+    output: str
+
+    def size(self, parts: Sequence[archive.Archived]) -> str:
+        """What to call the size of the whole in captions."""
+        return parts[0].provenance["scale"]
+
+    def assemble(self, done, args):
+        there = [archive.load(path) for path in done.values()]
+        path = archive.save(
+            pd.concat([a.frame for a in there], ignore_index=True),
+            args.results / f"{self.output}.parquet",
+            config={"shards": [a.provenance["config"] for a in there]},
+            seeds=self.seeds(there),
+            scale=self.size(there) + self.some(len(done)),
+            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
+        )
+        return [path]
+
+    def seeds(self, parts: Sequence[archive.Archived]) -> Any:
+        """The seeds of all shards."""
+        return sorted({seed for part in parts for seed in part.provenance["seeds"]})
 
 
 # Toy networks ---------------------------------------------------------------------------
@@ -517,6 +546,148 @@ def finished_of(name: str) -> Finished:
         grids = ("fig5", "second_order", "shallow_teacher")
         members = [(grid, shard) for grid in grids for shard in toy.shards(GRIDS[grid])]
     return Finished(f"toy_{name.removesuffix('_updates')}", members)
+
+
+# What trainings have in common -----------------------------------------------------------
+
+SEEDS = Config(
+    width=16,
+    vocabulary=1,  # no head: the loss compares states
+    teacher_depth=64,
+    depths=(1, 2, 4, 8, 16),
+    seeds=(0, 1, 2, 3),
+    rhos=(0.0,),
+    loss="mse",
+    head="none",
+    batch=128,
+    steps=5_000,
+    learning_rate=6e-4,
+    depth_factor=4.0,
+    decay=True,
+    test_every=10**9,  # nothing but what is measured here
+)
+NARROW = replace(SEEDS, depths=(2, 4, 8, 16), seeds=(0, 1), steps=8_000, depth_factor=8.0)
+
+
+class Seeds(Tables):
+    """What students of one teacher have in common, and what differs from seed to seed."""
+
+    output = "toy_seeds"
+    marks = (30, 100, 300, 1_000, 5_000)
+    # All layers of the narrow ones have 16 hidden units.
+    parts = {  # noqa: RUF012
+        "independent": replace(SEEDS, depths=(1, 2, 4, 8, 16, 32), seeds=(0, 1, 2)),
+        **{f"width {w}": replace(NARROW, width=w, expansion=16 // w) for w in (16, 8, 4)},
+        "long": replace(SEEDS, depths=(4, 16), teachers=(0,), steps=20_000),
+        "tied": replace(SEEDS, rhos=(1.0,), teachers=(0, 1)),
+    }
+
+    def __init__(self, steps: int | None):
+        cut = {} if steps is None else {"steps": steps}
+        self.configs = {name: replace(config, **cut) for name, config in self.parts.items()}
+        self.names = [f"seeds-{name.replace(' ', '-')}" for name in self.configs]
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        (part, c), begin, rows = list(self.configs.items())[i], time.perf_counter(), []
+        with _runs.cpu(args.threads):
+            grid = Trainer(c, torch.device("cpu"))
+            for mark in sorted({m for m in self.marks if m < c.steps} | {c.steps}):
+                while grid.step < mark:
+                    grid.advance()
+                rows += self.measured(c, toy.grid.by_student(grid), part, mark)
+                seconds = time.perf_counter() - begin
+                print(f"{part}, step {mark:,}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        archive.save(
+            pd.DataFrame(rows),
+            path,
+            config=asdict(c),
+            seeds={"teachers": list(c.teachers), "students": list(c.seeds)},
+            scale=f"{size(c)}, {c.steps:,} steps",
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    @torch.no_grad()
+    def measured(self, c, weights, part, step):
+        """One row for each teacher and depth; losses relative to doing nothing."""
+        rows, x = [], torch.randn((16_000, c.width), generator=_runs.generator("seeds"))
+        profile = part == "independent" and step in (30, c.steps)
+        fits = polynomials(toy.rms(x).double()) if profile else []
+        for teacher in c.teachers:
+            goal = toy.rms(toy.Network(*toy.teacher_weights(c, teacher, c.rhos[0])[:3])(x))
+            change = (toy.rms(x) - goal).double()  # the error of no layers at all
+            nothing = change.square().mean()
+            own = {f"beyond_{d}": fit(change) / float(nothing) for d, fit in enumerate(fits, 1)}
+            about = {"part": part, "width": c.width, "hidden": c.hidden, "rho": c.rhos[0]}
+            about |= {"teacher": teacher, "step": step, "seeds": len(c.seeds)}
+            if profile:
+                rows.append(about | {"depth": 0, "loss": 1.0, "variance": 0.0} | own)
+            for depth in c.depths:
+                stacks = [w[:3] for k, w in weights.items() if (k[0], k[3]) == (teacher, depth)]
+
+                def errors(stacks, count, goal=goal):
+                    ends = [toy.rms(toy.Network(*w)(x[:count])) for w in stacks]
+                    return (torch.stack(ends) - goal[:count]).double()
+
+                each = errors(stacks, 16_000 if profile else 4_000)
+                # Every second layer is another seed's.
+                mixed = [
+                    [torch.where(odd(a), b, a) for a, b in zip(one, other, strict=True)]
+                    for one, other in zip(stacks, stacks[1:] + stacks[:1], strict=True)
+                ]
+                found = {"loss": each.square().mean()}
+                found["variance"] = each.var(0).mean()  # over seeds, unbiased
+                found["spliced"] = errors(mixed, 4_000).square().mean()
+                if depth > 1:
+                    shorter = [without(w, layer) for w in stacks for layer in range(depth)]
+                    found["without_one"] = errors(shorter, 1_000).square().mean()
+                for degree, fit in enumerate(fits, 1):
+                    found[f"beyond_{degree}"] = np.mean([fit(e) for e in each])
+                relative = {name: float(value / nothing) for name, value in found.items()}
+                rows.append(about | {"depth": depth} | relative)
+        return rows
+
+    def size(self, parts):
+        return f"{size(SEEDS)}, 2 to 4 students of each kind"
+
+    def seeds(self, parts):
+        return {"teachers": list(SEEDS.teachers), "students": list(SEEDS.seeds)}
+
+
+def odd(stack):
+    """Whether a weight is in every second layer, shaped to choose among weights."""
+    layers = torch.arange(len(stack)) % 2 == 1
+    return layers.reshape(-1, *[1] * (stack.dim() - 1))
+
+
+def without(weights, layer):
+    """All layers but one, which write more for it."""
+    w1, b, w2 = (torch.cat([w[:layer], w[layer + 1 :]]) for w in weights)
+    return [w1, b, w2 * len(weights[0]) / len(w2)]
+
+
+def polynomials(x):
+    """For each degree from 1 to 3: the mean square that no polynomial of the input explains.
+
+    Coefficients are found on three quarters of the inputs, and judged on the rest.
+    """
+    fits, columns, part = [], [x.new_ones(len(x), 1)], len(x) * 3 // 4
+    for degree in (1, 2, 3):
+        which = itertools.combinations_with_replacement(range(x.shape[1]), degree)
+        columns.append(torch.stack([x[:, list(one)].prod(1) for one in which], 1))
+        design = torch.cat(columns, 1)
+        seen = design[:part]
+        gram = seen.T @ seen
+        gram += 1e-8 * gram.diagonal().mean() * torch.eye(len(gram), dtype=x.dtype)
+        factor = torch.linalg.cholesky(gram)
+
+        def fit(error, seen=seen, factor=factor, rest=design[part:]):
+            found = torch.cholesky_solve(seen.T @ error[:part], factor)
+            return float((error[part:] - rest @ found).square().mean())
+
+        fits.append(fit)
+    return fits
 
 
 # Folds ----------------------------------------------------------------------------------
@@ -916,9 +1087,10 @@ class Effects(Run):
         return paths
 
 
-class Healing(Run):
+class Healing(Tables):
     """Models of the ladder without one block, trained on; and as they are, for comparison."""
 
+    output = "ladder_healing"
     marks = (0, 25, 50, 100, 200)
 
     def __init__(self, steps: int | None):
@@ -948,17 +1120,8 @@ class Healing(Run):
             wall_seconds=time.perf_counter() - begin,
         )
 
-    def assemble(self, done, args):
-        there = [archive.load(path) for path in done.values()]
-        path = archive.save(
-            pd.concat([a.frame for a in there], ignore_index=True),
-            args.results / "ladder_healing.parquet",
-            config={"shards": [a.provenance["config"] for a in there]},
-            seeds=[0],
-            scale=f"ladder of width 64, {self.steps} steps of fine-tuning" + self.some(len(done)),
-            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
-        )
-        return [path]
+    def size(self, parts):
+        return f"ladder of width 64, {self.steps} steps of fine-tuning"
 
 
 class Designs(Run):
@@ -1071,42 +1234,61 @@ class Designs(Run):
         return written
 
 
-class Inside(Run):
+class OfDesigns(Tables):
+    """Tables about the models that :class:`Designs` has trained, in the same folder."""
+
+    def __init__(self, steps: int | None, shards: Sequence[tuple[str, int]], what: str):
+        self.designs, self.shards = Designs(steps), list(shards)
+        self.names = [f"{what}-{label}-s{seed}" for label, seed in self.shards]
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        label, seed = self.shards[i]
+        number = self.designs.shards.index((label, seed))
+        source, begin = self.designs.path(number, path.parent), time.perf_counter()
+        if not (source.exists() and self.designs.finished(number, source)):
+            print(f"{self.names[i]}: {source.name} is not done", flush=True)
+            return
+        model = ladder.LadderModel.from_checkpoint(source).model
+        with _runs.cpu(args.threads):
+            table, config, scale = self.table(model, seed)
+        archive.save(
+            table.assign(design=label, seed=seed),
+            path,
+            config={"design": label, **config},
+            seeds=[seed],
+            scale=scale,
+            wall_seconds=time.perf_counter() - begin,
+        )
+
+    @abstractmethod
+    def table(self, model: Any, seed: int) -> tuple[pd.DataFrame, dict[str, Any], str]:
+        """What is found of a model, how, and on how much."""
+
+
+class Inside(OfDesigns):
     """What became of the layers of each of those models, read off their checkpoints."""
 
+    output = "ladder_designs_inside"
     texts = 114  # to measure on: three pieces of most held-out documents
     step = 6  # every so many documents of the training text, for the lens
 
     def __init__(self, steps: int | None):
-        self.designs = Designs(steps)
-        self.shards = [shard for shard in self.designs.shards if shard[0] != "short"]
-        self.names = [f"inside-{label}-s{seed}" for label, seed in self.shards]
+        every = [shard for shard in Designs(steps).shards if shard[0] != "short"]
+        super().__init__(steps, every, "inside")
 
-    def make(self, i, path, args):
-        source = self.designs.path(self.designs.shards.index(self.shards[i]), path.parent)
-        if path.exists():
-            return
-        if not (source.exists() and self.designs.finished(i, source)):
-            print(f"{self.names[i]}: {source.name} is not done", flush=True)
-            return
-        begin = time.perf_counter()
-        found = ladder.LadderModel.from_checkpoint(source)
-        _, tokenizer = models.load("ladder-w64-d01-s0", device="cpu")
+    def table(self, model, seed):
+        _, tokenizer = models.load("ladder-w64-d01-s0", device="cpu")  # one for all
         texts = models.texts("ladder-w64-d01-s0", self.texts)
-        batches = models.batches(tokenizer, texts, length=128, size=64)
-        with _runs.cpu(args.threads):
-            table = self.measures(found.model, batches)
-        label, seed = self.shards[i]
-        archive.save(
-            table.assign(design=label, seed=seed),
-            path,
-            config={"design": label, "texts": len(texts), "length": 128},
-            seeds=[seed],
-            scale=f"{len(texts)} texts of 128 bytes",
-            wall_seconds=time.perf_counter() - begin,
+        learned = [d.text[:127] for d in ladder.corpus().training[:: self.step]]
+        some, others = (
+            models.batches(tokenizer, each, length=128, size=64) for each in (texts, learned)
         )
+        config = {"texts": len(texts), "length": 128, "texts of the lens": len(learned)}
+        return self.measures(model, some, others), config, f"{len(texts)} texts of 128 bytes"
 
-    def measures(self, model: Any, batches: list[dict]) -> pd.DataFrame:
+    def measures(self, model: Any, batches: list[dict], learned: list[dict]) -> pd.DataFrame:
         """``measure, a, b, mean, stderr``: a and b are blocks, or layers where states are read."""
         depth, rows = models.anatomy(model).depth, []
         clean = models.losses(model, batches)
@@ -1137,12 +1319,6 @@ class Inside(Run):
                 rows.append((f"{name}, {row.effect}", row.skipped, row.block, row.mean, row.stderr))
         for row in iv.local_effects(model, batches).itertuples():
             rows.append((f"direct, {row.effect}", row.skipped, row.block, row.mean, row.stderr))
-        learned = models.batches(
-            models.load("ladder-w64-d01-s0", device="cpu")[1],
-            [d.text[:1500] for d in ladder.corpus().training[:: self.step]],
-            length=128,
-            size=32,
-        )
         for name, reader in (("lens", None), ("affine lens", iv.affine_lens(model, learned))):
             for row in iv.lens(model, batches, reader=reader).itertuples():
                 rows.append((f"{name}, {row.reading}", row.layer, -1, row.mean, row.stderr))
@@ -1161,66 +1337,26 @@ class Inside(Run):
                 rows += [(f"similarity, {name}", a, b, value, 0.0) for b, value in enumerate(line)]
         return pd.DataFrame(rows, columns=["measure", "a", "b", "mean", "stderr"])
 
-    def assemble(self, done, args):
-        there = [archive.load(path) for path in done.values()]
-        path = archive.save(
-            pd.concat([a.frame for a in there], ignore_index=True),
-            args.results / "ladder_designs_inside.parquet",
-            config={"shards": [a.provenance["config"] for a in there]},
-            seeds=sorted({seed for i in done for seed in [self.shards[i][1]]}),
-            scale=there[0].provenance["scale"] + self.some(len(done)),
-            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
-        )
-        return [path]
 
-
-class Primitives(Run):
+class Primitives(OfDesigns):
     """How fast each of those models learns to copy and to look variables up."""
 
+    output = "ladder_primitives"
     marks = (0, 50, 100, 150, 200, 300, 400, 500)
     most = 500  # steps
     tasks = ("copying", "assignment 0", "assignment 1", "assignment 2")
 
     def __init__(self, steps: int | None):
-        self.designs = Designs(steps)
-        self.steps = self.most
         which = ("baseline", "midas", "lidas", "lns", "random")
-        self.shards = [(d, seed) for seed in (0, 1, 2) for d in which if seed == 0 or d != "random"]
-        self.names = [f"primitives-{label}-s{seed}" for label, seed in self.shards]
+        some = [(d, seed) for seed in (0, 1, 2) for d in which if seed == 0 or d != "random"]
+        super().__init__(steps, some, "primitives")
 
-    def make(self, i, path, args):
-        label, seed = self.shards[i]
-        source = self.designs.path(self.designs.shards.index((label, seed)), path.parent)
-        if path.exists():
-            return
-        if not (source.exists() and self.designs.finished(i, source)):
-            print(f"{self.names[i]}: {source.name} is not done", flush=True)
-            return
-        begin, model = time.perf_counter(), ladder.LadderModel.from_checkpoint(source).model
-        with _runs.cpu(args.threads):
-            asked = ladder.learn(
-                model, self.tasks, self.steps, seed=seed, test_at=self.marks, progress=True
-            )
-        archive.save(
-            asked.assign(design=label, seed=seed),
-            path,
-            config={"design": label, "steps": self.steps, "tasks": list(self.tasks)},
-            seeds=[seed],
-            scale=f"{self.steps} steps of 32 questions",
-            wall_seconds=time.perf_counter() - begin,
+    def table(self, model, seed):
+        asked = ladder.learn(
+            model, self.tasks, self.most, seed=seed, test_at=self.marks, progress=True
         )
-
-    def assemble(self, done, args):
-        there = [archive.load(path) for path in done.values()]
-        path = archive.save(
-            pd.concat([a.frame for a in there], ignore_index=True),
-            args.results / "ladder_primitives.parquet",
-            config={"shards": [a.provenance["config"] for a in there]},
-            seeds=sorted({self.shards[i][1] for i in done}),
-            scale=there[0].provenance["scale"] + self.some(len(done)),
-            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
-        )
-        return [path]
+        config = {"steps": self.most, "tasks": list(self.tasks)}
+        return asked, config, f"{self.most} steps of 32 questions"
 
 
 class Hops(Run):
@@ -1283,17 +1419,10 @@ class Hops(Run):
 # The command ----------------------------------------------------------------------------
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
-NAMES += (
-    "nested_steps",
-    "smollm2",
-    "effects",
-    "hops",
-    "healing",
-    "designs",
-    "inside",
-    "primitives",
-    "ladder",
-)
+NAMES += ("seeds", "nested_steps", "smollm2", "effects", "hops", "healing")
+NAMES += ("designs", "inside", "primitives", "ladder")
+STEPPED = {*GRIDS, *LABELLED, "updates", "seeds", "hops", "healing"}  # may have other --steps
+STEPPED |= {"designs", "inside", "primitives", "ladder"}
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -1311,16 +1440,9 @@ def build(args: argparse.Namespace) -> Run:
         return Patience()
     if name == "smollm2":
         return Recordings(args.documents)
-    if name == "healing":
-        return Healing(args.steps)
-    if name == "designs":
-        return Designs(args.steps)
-    if name == "inside":
-        return Inside(args.steps)
-    if name == "primitives":
-        return Primitives(args.steps)
-    if name == "hops":
-        return Hops(args.steps)
+    for kind in (Seeds, Healing, Hops, Designs, Inside, Primitives):
+        if name == kind.__name__.lower():
+            return kind(args.steps)
     if name == "effects":
         return Effects(args.documents)
     return NestedSteps(args.seeds) if name == "nested_steps" else Ladder(args)
@@ -1338,17 +1460,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
-        if name in (
-            *GRIDS,
-            *LABELLED,
-            "updates",
-            "hops",
-            "healing",
-            "designs",
-            "inside",
-            "primitives",
-            "ladder",
-        ):
+        if name in STEPPED:
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
         if name in ("smollm2", "effects"):
             one.add_argument("--documents", type=_arguments.count, help="instead of its own")

@@ -115,10 +115,9 @@ class Design:
         self.check(depth)
         if self.loop is None:
             return list(range(depth))
-        before, looped, times, _ = self.loop
-        middle = list(range(before, before + looped)) * times
-        behind = range(before + looped, before + looped + depth - before - len(middle))
-        return [*range(before), *middle, *behind]
+        before, looped, times, behind = self.loop
+        end = before + looped
+        return [*range(before), *list(range(before, end)) * times, *range(end, end + behind)]
 
     def depths(self, depth: int) -> list[int]:
         """The depths of its stages."""
@@ -174,9 +173,9 @@ DESIGNS = {
 class _Scaled(nn.Module):
     """A norm or a linear map whose output is multiplied by a constant.
 
-    Its weight has the name that it had, and :func:`plain` multiplies it by the constant, so that
-    a trained model is an ordinary one again. In training the two differ: Adam moves a weight by
-    steps of one size, whatever stands before it.
+    Its weight has the name that it had, and :func:`plain_weights` multiplies it by the constant,
+    so that a trained model is an ordinary one again. In training the two differ: Adam moves a
+    weight by steps of one size, whatever stands before it.
     """
 
     scale: Tensor

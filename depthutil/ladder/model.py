@@ -187,10 +187,8 @@ class LadderModel:
         config = replace(self.config, design=Design())
         model = _drawn(config, anatomy(trained).depth, self.settings["seed"])
         model.load_state_dict(plain_weights(trained))
-        shared = [i for i, first in enumerate(surgery.sharing(trained)) if first != i]
-        if shared:
-            layers = surgery.sharing(trained)
-            surgery.tie(model, [[i for i, f in enumerate(layers) if f == k] for k in set(layers)])
+        first = surgery.sharing(trained)
+        surgery.tie(model, [[i for i, f in enumerate(first) if f == k] for k in sorted(set(first))])
         return model.eval()
 
     def save(self, folder: str | os.PathLike, dtype: str = "float32") -> Path:

@@ -222,11 +222,9 @@ class LadderConfig:
         head = 6 * VOCABULARY * m
         each = self.batch * self.sequence
         layers, before = 0, 0
-        depths = self.design.depths(depth)
-        for number, deep in enumerate(depths):
-            end = self.growth(depth)[number] if number + 1 < len(depths) else steps
-            layers += deep * max(min(end, steps) - before, 0)
-            before = max(before, min(end, steps))
+        for deep, end in zip(self.design.depths(depth), self.growth(depth), strict=True):
+            layers += deep * (min(end, steps) - before)
+            before = min(end, steps)
         return float(each) * (layers * layer + steps * head)
 
     def growth(self, depth: int) -> list[int]:
