@@ -16,6 +16,8 @@ module            holds
                   apart
 ``directions``    where updates point: agreement against lag, a test of order, path
                   and chord
+``findings``      findings of papers beside measurements, with verdicts that follow from
+                  numbers
 ``toy``           a grid of students trained at once to imitate deeper teachers; how they
                   use their depth
 ``stream``        a live model: where its blocks, sublayers, norm and head are and what

@@ -23,6 +23,7 @@ FLOORS = (
         "nulls",
         "_runs",
         "directions",
+        "findings",
     },
     {"stream", "scaling", "signatures", "explorer", "gguf_file"},
     {"models", "regimes", "trajectory", "toy", "surgery", "primitives"},

@@ -1359,6 +1359,70 @@ class Primitives(OfDesigns):
         return asked, config, f"{self.most} steps of 32 questions"
 
 
+class Loops(Tables):
+    """Layers that run several times beside layers of their own, and how much each may write.
+
+    The recipe is the ladder's shortest. A model is named by its loop, its depth and the power p
+    of the depth N by which all writes are divided, N^p.
+    """
+
+    output = "ladder_loops"
+    text_count = 114  # three pieces of most held-out documents
+    powers = (0.5, 1.0)
+
+    def __init__(self, steps: int | None):
+        base = ladder.LadderConfig()
+        steps = 1_500 if steps is None else steps
+        self.base = replace(base, steps=steps, warmup=min(base.warmup, steps // 4))
+        looped = [(1, 2), (1, 4), (1, 8), (1, 12), (2, 2), (2, 4)]
+        alone = [(depth, 1) for depth in (1, 2, 3, 4, 6, 8, 12)]
+        scaled = [(layers, depth // layers) for depth in (4, 12) for layers in (1, depth)]
+        each = [(*one, 0.0) for one in looped + alone]
+        each += [(*one, power) for one in scaled for power in self.powers]
+        self.shards = [(*one, seed) for seed in (0, 1, 2) for one in each]
+        self.names = [
+            f"{self.label(i)}-s{shard[3]}-n{steps}" for i, shard in enumerate(self.shards)
+        ]
+
+    def label(self, i: int) -> str:
+        layers, times, power, _ = self.shards[i]
+        return f"loop-{layers}x{times}-p{power:g}"
+
+    def config(self, i: int) -> ladder.LadderConfig:
+        layers, times, power, _ = self.shards[i]
+        loop = None if times == 1 else (0, layers, times, 0)
+        scale = (layers * times) ** -power
+        design = ladder.Design(self.label(i), loop=loop, write_scale=scale)
+        return replace(self.base, design=design)
+
+    def make(self, i, path, args):
+        if path.exists():
+            return
+        layers, times, power, seed = self.shards[i]
+        depth, checkpoint, config = layers * times, path.with_suffix(".pt"), self.config(i)
+        more = {"checkpoint": checkpoint, "threads": args.threads, "progress": True}
+        found = ladder.train(config, depth, seed, **more)
+        name = "ladder-w64-d01-s0"  # its tokenizer and texts are those of every model
+        _, tokenizer = models.load(name, device="cpu")
+        some = models.batches(tokenizer, models.texts(name, self.text_count), length=128, size=64)
+        with _runs.cpu(args.threads):
+            recorded = trajectory.record(found.model, some, "block", null=True)
+        last = found.losses.iloc[-1]
+        rows = [("loss", 0, 1, last["held_out_loss"], last["stderr"])]
+        for row in recorded.table().itertuples():
+            rows.append((row.statistic, row.layer, row.lag, row.mean, row.stderr))
+        table = pd.DataFrame(rows, columns=["measure", "layer", "lag", "mean", "stderr"])
+        archive.save(
+            table.assign(layers=layers, times=times, power=power, seed=seed),
+            path,
+            config={**ladder.recipe.recipe(config), "depth": depth},
+            seeds=[seed],
+            scale=f"width {config.width}, {config.steps:,} steps",
+            wall_seconds=found.wall_seconds,
+        )
+        checkpoint.unlink()
+
+
 class Hops(Run):
     """Small networks that learn questions of several hops: depths times seeds."""
 
@@ -1420,9 +1484,9 @@ class Hops(Run):
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
 NAMES += ("seeds", "nested_steps", "smollm2", "effects", "hops", "healing")
-NAMES += ("designs", "inside", "primitives", "ladder")
+NAMES += ("designs", "inside", "primitives", "loops", "ladder")
 STEPPED = {*GRIDS, *LABELLED, "updates", "seeds", "hops", "healing"}  # may have other --steps
-STEPPED |= {"designs", "inside", "primitives", "ladder"}
+STEPPED |= {"designs", "inside", "primitives", "loops", "ladder"}
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -1440,7 +1504,7 @@ def build(args: argparse.Namespace) -> Run:
         return Patience()
     if name == "smollm2":
         return Recordings(args.documents)
-    for kind in (Seeds, Healing, Hops, Designs, Inside, Primitives):
+    for kind in (Seeds, Healing, Hops, Designs, Inside, Primitives, Loops):
         if name == kind.__name__.lower():
             return kind(args.steps)
     if name == "effects":
