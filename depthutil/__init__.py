@@ -16,6 +16,10 @@ module            holds
                   apart
 ``directions``    where updates point: agreement against lag, a test of order, path
                   and chord
+``surgery``       lasting changes: grow, drop, loop, tie, insert, fold and mix layers
+                  (needs the ``models`` extra)
+``primitives``    questions that take reasoning: copying, variables through aliases
+``evidence``      do trained layers average? Two numbers over the book's networks
 ``findings``      findings of papers beside measurements, with verdicts that follow from
                   numbers
 ``toy``           a grid of students trained at once to imitate deeper teachers; how they

@@ -28,6 +28,7 @@ FLOORS = (
     {"stream", "scaling", "signatures", "explorer", "gguf_file"},
     {"models", "regimes", "trajectory", "toy", "surgery", "primitives"},
     {"ladder", "interventions", "hops"},
+    {"evidence"},
 )
 # Rooms that moved, kept so that notebooks of before go on working.
 FORMER = {"toy_model": "toy", "kernels": "toy"}
