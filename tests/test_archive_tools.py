@@ -269,6 +269,35 @@ def test_designs_share_a_trunk_and_are_archived_with_what_is_inside(call, tmp_pa
     assert asked.groupby("step")["task"].nunique().to_dict() == {0: 4, 1: 4}
 
 
+def test_loops_and_what_is_added_to_an_archive(call, tmp_path, monkeypatch):
+    command = sys.modules["archive"]
+    tiny = ladder.LadderConfig(width=16, sequence=16, batch=2, test_sequences=2, final_sequences=2)
+    monkeypatch.setattr(command.ladder, "LadderConfig", lambda: tiny)
+    monkeypatch.setattr(command.Loops, "text_count", 3)
+    names = command.Loops(4).names
+    assert len(set(names)) == len(names) == 63
+    one, other = (names.index(f"loop-{n}-s0-n4") for n in ("1x4-p0.5", "4x1-p0.5"))
+    call("loops", "run", "--steps", "4", "--shards", str(one))
+    call("loops", "assemble", "--steps", "4")
+    path = tmp_path / "results" / "ladder_loops.parquet"
+    first = whole(path)
+    looped = first.provenance["config"]["shards"][0]["design"]
+    assert looped["loop"] == [0, 1, 4, 0] and looped["write_scale"] == 0.5
+    assert first.provenance["scale"].endswith("1 of 63 parts")
+    assert not list((tmp_path / "shards").glob("*.pt"))  # what was to be measured is
+    found = first.frame.set_index(["measure", "layer", "lag"])["mean"]
+    assert 4 < found["loss", 0, 1] < 7 and len(found["update_norms"]) == 4
+    # Another shard, in another folder, is added; one that is there already is replaced.
+    again = ["--folder", str(tmp_path / "again")]
+    call("loops", "run", "--steps", "4", "--shards", str(other), str(one), *again)
+    call("loops", "assemble", "--steps", "4", "--add", *again)
+    both = whole(path)
+    assert both.provenance["scale"].endswith("2 of 63 parts")
+    assert sorted(both.frame["layers"].unique()) == [1, 4]
+    assert len(both.frame.query("layers == 1")) == len(first.frame)
+    assert both.provenance["wall_seconds"] > first.provenance["wall_seconds"]
+
+
 def test_what_is_not_done_is_said(tiny, call, tmp_path):
     with pytest.raises(SystemExit, match=r"no shard of fig3b in .* is finished: run goes on"):
         call("fig3b", "assemble")

@@ -132,6 +132,7 @@ class Tables(Run):
     """Shards that are tables, which the archive holds one below the other."""
 
     output: str
+    keys: tuple[str, ...] = ()  # columns that tell shards apart, if others can be added to them
 
     def size(self, parts: Sequence[archive.Archived]) -> str:
         """What to call the size of the whole in captions."""
@@ -139,19 +140,42 @@ class Tables(Run):
 
     def assemble(self, done, args):
         there = [archive.load(path) for path in done.values()]
+        table = pd.concat([a.frame for a in there], ignore_index=True)
+        shards = [a.provenance["config"] for a in there]
+        seconds, path = sum(a.provenance["wall_seconds"] for a in there), self.path_in(args)
+        count, seeds = len(done), self.seeds(there)
+        if getattr(args, "add", False):
+            old, table, count = others(path, table, self.keys)
+            shards = old.provenance["config"]["shards"] + shards
+            seeds = sorted({*old.provenance["seeds"], *seeds})
+            seconds += old.provenance["wall_seconds"]
         path = archive.save(
-            pd.concat([a.frame for a in there], ignore_index=True),
-            args.results / f"{self.output}.parquet",
-            config={"shards": [a.provenance["config"] for a in there]},
-            seeds=self.seeds(there),
-            scale=self.size(there) + self.some(len(done)),
-            wall_seconds=sum(a.provenance["wall_seconds"] for a in there),
+            table,
+            path,
+            config={"shards": shards},
+            seeds=seeds,
+            scale=self.size(there) + self.some(count),
+            wall_seconds=seconds,
         )
         return [path]
+
+    def path_in(self, args: argparse.Namespace) -> Path:
+        return args.results / f"{self.output}.parquet"
 
     def seeds(self, parts: Sequence[archive.Archived]) -> Any:
         """The seeds of all shards."""
         return sorted({seed for part in parts for seed in part.provenance["seeds"]})
+
+
+def others(
+    path: Path, table: pd.DataFrame, keys: Sequence[str]
+) -> tuple[archive.Archived, pd.DataFrame, int]:
+    """An archive, its rows of shards that a table lacks with the table's, and how many shards."""
+    old, names = archive.load(path), list(keys)
+    new = set(table[names].itertuples(index=False, name=None))
+    there = [key not in new for key in old.frame[names].itertuples(index=False, name=None)]
+    whole = pd.concat([old.frame[there], table], ignore_index=True)
+    return old, whole, len(whole[names].drop_duplicates())
 
 
 # Toy networks ---------------------------------------------------------------------------
@@ -1091,6 +1115,7 @@ class Healing(Tables):
     """Models of the ladder without one block, trained on; and as they are, for comparison."""
 
     output = "ladder_healing"
+    keys = ("depth", "block")
     marks = (0, 25, 50, 100, 200)
 
     def __init__(self, steps: int | None):
@@ -1230,12 +1255,20 @@ class Designs(Run):
             table = pd.concat(tables, ignore_index=True)
             first = ["design", "depth", "seed"]
             table = table[first + [c for c in table if c not in first]]
-            written.append(archive.save(table, args.results / f"ladder_{name}.parquet", **about))
+            path, more = args.results / f"ladder_{name}.parquet", dict(about)
+            if args.add:
+                old, table, count = others(path, table, ("design", "seed"))
+                more["seeds"] = sorted({*old.provenance["seeds"], *about["seeds"]})
+                more["scale"] = about["scale"].split(";")[0] + self.some(count)
+                more["wall_seconds"] = seconds + old.provenance["wall_seconds"]
+            written.append(archive.save(table, path, **more))
         return written
 
 
 class OfDesigns(Tables):
     """Tables about the models that :class:`Designs` has trained, in the same folder."""
+
+    keys = ("design", "seed")
 
     def __init__(self, steps: int | None, shards: Sequence[tuple[str, int]], what: str):
         self.designs, self.shards = Designs(steps), list(shards)
@@ -1367,6 +1400,7 @@ class Loops(Tables):
     """
 
     output = "ladder_loops"
+    keys = ("layers", "times", "power", "seed")
     text_count = 114  # three pieces of most held-out documents
     powers = (0.5, 1.0)
 
@@ -1404,7 +1438,8 @@ class Loops(Tables):
         found = ladder.train(config, depth, seed, **more)
         name = "ladder-w64-d01-s0"  # its tokenizer and texts are those of every model
         _, tokenizer = models.load(name, device="cpu")
-        some = models.batches(tokenizer, models.texts(name, self.text_count), length=128, size=64)
+        texts, length = models.texts(name, self.text_count), config.sequence
+        some = models.batches(tokenizer, texts, length=length, size=64)
         with _runs.cpu(args.threads):
             recorded = trajectory.record(found.model, some, "block", null=True)
         last = found.losses.iloc[-1]
@@ -1487,6 +1522,7 @@ NAMES += ("seeds", "nested_steps", "smollm2", "effects", "hops", "healing")
 NAMES += ("designs", "inside", "primitives", "loops", "ladder")
 STEPPED = {*GRIDS, *LABELLED, "updates", "seeds", "hops", "healing"}  # may have other --steps
 STEPPED |= {"designs", "inside", "primitives", "loops", "ladder"}
+ADDED = {"designs", "inside", "primitives", "loops", "healing"}  # may be added to
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -1524,6 +1560,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--jobs", type=_arguments.count, default=1, help="processes that share")
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
+        if name in ADDED:
+            one.add_argument("--add", action="store_true", help="keep other shards archived before")
         if name in STEPPED:
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
         if name in ("smollm2", "effects"):
