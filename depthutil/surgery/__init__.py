@@ -1,4 +1,4 @@
-"""Lasting changes of a model's list of blocks: grow, loop, tie, drop, fold.
+"""Lasting changes of a model's list of blocks: grow, insert, loop, tie, drop, fold.
 
 Edits of :mod:`depthutil.interventions` undo themselves; these stay, and a model that was changed
 is a model like any other: its configuration says how many blocks it has and of what kind, each
@@ -12,6 +12,7 @@ file          holds
 ``arranging`` :func:`arrange`, on which everything else rests; :func:`drop`,
               :func:`early_layers`, :func:`loop`, :func:`tie`, :func:`sharing`
 ``growing``   :func:`grow` and its :func:`plan`; :func:`stages` of a schedule
+``inserting`` :func:`insert`: new blocks, predicted from their neighbours or otherwise made
 ``folding``   :func:`fold`, and :func:`laco` which folds while outputs stay alike
 ``mixing``    :func:`mixed`: weights between those of two models; :func:`perturbed`, as far
               away in a random direction
@@ -21,6 +22,7 @@ file          holds
 from depthutil.surgery.arranging import arrange, drop, early_layers, loop, sharing, tie
 from depthutil.surgery.folding import fold, laco
 from depthutil.surgery.growing import METHODS, grow, plan, stages
+from depthutil.surgery.inserting import insert
 from depthutil.surgery.mixing import mixed, perturbed
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "early_layers",
     "fold",
     "grow",
+    "insert",
     "laco",
     "loop",
     "mixed",
