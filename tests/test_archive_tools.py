@@ -287,7 +287,7 @@ def test_loops_and_what_is_added_to_an_archive(call, tmp_path, monkeypatch):
     assert not list((tmp_path / "shards").glob("*.pt"))  # what was to be measured is
     found = first.frame.set_index(["measure", "layer", "lag"])["mean"]
     assert 4 < found["loss", 0, 1] < 7 and len(found["update_norms"]) == 4
-    # Another shard, in another folder, is added; one that is there already is replaced.
+    # Another shard, in another folder, is added; one that is there already stays as it is.
     again = ["--folder", str(tmp_path / "again")]
     call("loops", "run", "--steps", "4", "--shards", str(other), str(one), *again)
     call("loops", "assemble", "--steps", "4", "--add", *again)
@@ -296,6 +296,10 @@ def test_loops_and_what_is_added_to_an_archive(call, tmp_path, monkeypatch):
     assert sorted(both.frame["layers"].unique()) == [1, 4]
     assert len(both.frame.query("layers == 1")) == len(first.frame)
     assert both.provenance["wall_seconds"] > first.provenance["wall_seconds"]
+    assert len(both.provenance["config"]["shards"]) == 2
+    call("loops", "assemble", "--steps", "4", "--add", *again)  # nothing is new
+    assert whole(path).frame.equals(both.frame)
+    assert whole(path).provenance["wall_seconds"] == both.provenance["wall_seconds"]
 
 
 def test_what_is_not_done_is_said(tiny, call, tmp_path):

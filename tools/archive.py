@@ -139,23 +139,27 @@ class Tables(Run):
         return parts[0].provenance["scale"]
 
     def assemble(self, done, args):
-        there = [archive.load(path) for path in done.values()]
-        table = pd.concat([a.frame for a in there], ignore_index=True)
-        shards = [a.provenance["config"] for a in there]
-        seconds, path = sum(a.provenance["wall_seconds"] for a in there), self.path_in(args)
-        count, seeds = len(done), self.seeds(there)
+        there, path, before = [archive.load(p) for p in done.values()], self.path_in(args), []
         if getattr(args, "add", False):
-            old, table, count = others(path, table, self.keys)
-            shards = old.provenance["config"]["shards"] + shards
-            seeds = sorted({*old.provenance["seeds"], *seeds})
-            seconds += old.provenance["wall_seconds"]
+            old, shards = archived(path, self.keys)
+            first = [next(a.frame[list(self.keys)].itertuples(index=False)) for a in there]
+            there = [a for a, key in zip(there, first, strict=True) if tuple(key) not in shards]
+            before, count = [old], len(shards) + len(there)
+        else:
+            count = len(there)
+        every = before + there
         path = archive.save(
-            table,
+            pd.concat([a.frame for a in every], ignore_index=True),
             path,
-            config={"shards": shards},
-            seeds=seeds,
-            scale=self.size(there) + self.some(count),
-            wall_seconds=seconds,
+            config={
+                "shards": [
+                    *(shard for a in before for shard in a.provenance["config"]["shards"]),
+                    *(a.provenance["config"] for a in there),
+                ]
+            },
+            seeds=self.seeds(every),
+            scale=self.size(there or before).split(";")[0] + self.some(count),
+            wall_seconds=sum(a.provenance["wall_seconds"] for a in every),
         )
         return [path]
 
@@ -167,15 +171,10 @@ class Tables(Run):
         return sorted({seed for part in parts for seed in part.provenance["seeds"]})
 
 
-def others(
-    path: Path, table: pd.DataFrame, keys: Sequence[str]
-) -> tuple[archive.Archived, pd.DataFrame, int]:
-    """An archive, its rows of shards that a table lacks with the table's, and how many shards."""
-    old, names = archive.load(path), list(keys)
-    new = set(table[names].itertuples(index=False, name=None))
-    there = [key not in new for key in old.frame[names].itertuples(index=False, name=None)]
-    whole = pd.concat([old.frame[there], table], ignore_index=True)
-    return old, whole, len(whole[names].drop_duplicates())
+def archived(path: Path, keys: Sequence[str]) -> tuple[archive.Archived, set[tuple]]:
+    """What an archive has, and of which shards."""
+    old = archive.load(path)
+    return old, set(old.frame[list(keys)].itertuples(index=False, name=None))
 
 
 # Toy networks ---------------------------------------------------------------------------
@@ -1226,6 +1225,11 @@ class Designs(Run):
 
     def assemble(self, done, args):
         curves, ends, seconds, written = [], [], 0.0, []
+        there: set[tuple] = set()
+        if args.add:
+            old, there = archived(args.results / "ladder_designs.parquet", ("design", "seed"))
+            seconds = old.provenance["wall_seconds"]
+        done = {i: path for i, path in done.items() if self.shards[i] not in there}
         for i, path in done.items():
             label, seed = self.shards[i]
             found = ladder.LadderModel.from_checkpoint(path, self.text)
@@ -1246,22 +1250,18 @@ class Designs(Run):
         some = {label: asdict(self.config(label)) for label in {x for x, _ in self.shards}}
         about = {
             "config": {"depth": self.depth, "text": self.text.summary, "designs": some},
-            "seeds": sorted({self.shards[i][1] for i in done}),
+            "seeds": sorted({*(seed for _, seed in there), *(self.shards[i][1] for i in done)}),
             "scale": f"width {self.long.width}, {self.depth} layers, {self.long.steps:,} steps"
-            + self.some(len(done)),
+            + self.some(len(there) + len(done)),
             "wall_seconds": seconds,
         }
         for name, tables in (("designs", curves), ("designs_documents", ends)):
-            table = pd.concat(tables, ignore_index=True)
+            path = args.results / f"ladder_{name}.parquet"
+            before = [archive.load(path).frame] if there else []
+            table = pd.concat([*before, *tables], ignore_index=True)
             first = ["design", "depth", "seed"]
             table = table[first + [c for c in table if c not in first]]
-            path, more = args.results / f"ladder_{name}.parquet", dict(about)
-            if args.add:
-                old, table, count = others(path, table, ("design", "seed"))
-                more["seeds"] = sorted({*old.provenance["seeds"], *about["seeds"]})
-                more["scale"] = about["scale"].split(";")[0] + self.some(count)
-                more["wall_seconds"] = seconds + old.provenance["wall_seconds"]
-            written.append(archive.save(table, path, **more))
+            written.append(archive.save(table, path, **about))
         return written
 
 
@@ -1561,7 +1561,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--threads", type=_arguments.count, default=1)
         one.add_argument("--results", type=_arguments.folder, default=ROOT / "results")
         if name in ADDED:
-            one.add_argument("--add", action="store_true", help="keep other shards archived before")
+            one.add_argument("--add", action="store_true", help="to the shards in the archive")
         if name in STEPPED:
             one.add_argument("--steps", type=_arguments.count, help="instead of its own")
         if name in ("smollm2", "effects"):
