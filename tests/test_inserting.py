@@ -173,6 +173,27 @@ def test_a_law_in_depth_is_learned(law):
     assert min(cosines) > 0.999
 
 
+def test_a_law_that_the_mean_does_not_know():
+    """Three kinds in turn that sum to zero: between two is the third, minus their sum."""
+
+    def turn(t, one, other):
+        angle = torch.tensor(14 * t * 2 * torch.pi / 3)
+        return one * torch.cos(angle) + other * torch.sin(angle)
+
+    model, at = lawful(turn)
+    surgery.drop(model, 7)
+    guess, mean = (
+        weights(blocks(insert(model, 6, way, epochs=150))[7]) for way in ("predicted", "mean")
+    )
+    for name, truth in at(7).items():
+        if truth.dim() == 2:
+            cosines = [
+                torch.cosine_similarity(each[name].flatten(), truth.flatten(), dim=0)
+                for each in (guess, mean)
+            ]
+            assert cosines[0] > 0.99 and cosines[1] < -0.99, name
+
+
 def test_what_has_no_law_is_not_learned():
     """Weights of independent blocks tell nothing of each other: what is predicted is noise."""
     model = build("llama", num_hidden_layers=8, hidden_size=32, intermediate_size=48)

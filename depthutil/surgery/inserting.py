@@ -17,8 +17,7 @@ from depthutil.surgery.arranging import arrange, checked, sharing
 WAYS = ("predicted", "mean", "copy", "identity")
 #: What the families call the map from attention, or from the MLP, back to the stream.
 WRITERS = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "dense_4h_to_h", "fc2")
-#: Of the predictor: units of a hidden layer, rows in a step, learning rate, and the share of the
-#: norm in its loss, as the official code of LESA has them.
+#: As in LESA's code: hidden units, rows in a step, learning rate, the norm's share in the loss.
 HIDDEN, ROWS, RATE, NORM = 256, 64, 1e-3, 5e-4
 
 
@@ -43,10 +42,11 @@ def insert(
     - ``"identity"`` copies it, and sets to zero what writes to the stream, as LLaMA Pro does
       (Wu et al., arXiv 2401.02415). The model computes what it did before.
 
-    Unlike the official code, ``"predicted"`` sets norm gains, biases, and whatever else is no
-    matrix, to the mean of the neighbours'. That code copies gains from layer 0, which has the
-    smallest ones in many models. Coefficients are also brought to a mean square of 1 for the
-    network, so that what it learns in so few steps does not hang on the model's size.
+    Unlike the official code, ``"predicted"`` sets what is no matrix (norm gains, biases) to the
+    mean of the neighbours'. That code copies the gains of layer 0, which reads a short stream: in
+    SmolLM2 they are the smallest of all. Coefficients are also brought to a mean square of 1, so
+    that what the network learns in so few steps does not hang on the model's size. A model of 135
+    million weights takes some minutes of a CPU core.
 
     Parameters
     ----------
@@ -108,16 +108,12 @@ def insert(
         weights = {place: _silent(parts, place) for place in places}
     else:
         weights = {place: {} for place in places}
-    order = [number for place in range(parts.depth) for number in _times(place, places)]
+    order = sorted([*range(parts.depth), *places])
     arrange(model, order, optimizer=optimizer)
     blocks = anatomy(model).blocks
     for before, place in enumerate(places):
         _put(blocks[place + before + 1], weights[place], optimizer)
     return model
-
-
-def _times(place: int, places: Sequence[int]) -> list[int]:
-    return [place] * (2 if place in places else 1)
 
 
 @torch.no_grad()
@@ -213,10 +209,9 @@ def _predicted(
 def _decomposed(stack: Tensor) -> tuple[Tensor, Tensor]:
     """U S, and all V_i in single precision, of matrices ``(blocks, rows, columns)``.
 
-    Directions whose singular value is less than a millionth of the largest are left out.
+    Directions of singular values below a millionth of the largest are left out.
     """
-    gram = sum(w.double() @ w.double().T for w in stack)
-    squares, basis = torch.linalg.eigh(gram)
+    squares, basis = torch.linalg.eigh(sum(w.double() @ w.double().T for w in stack))
     kept = squares > 1e-12 * squares[-1]
     basis, sizes = basis[:, kept], squares[kept].sqrt()
     scores = torch.stack([(basis.T @ w.double() / sizes[:, None]).float() for w in stack])
