@@ -4,8 +4,7 @@ An ensemble of ``ℓ`` independent estimates loses ``c/ℓ``. So each of its lay
 of that law, and without one it loses just that more, if the others make up for it. And all that
 depth takes off its loss is variance between trainings. Both are measured here on networks that
 average by construction, on toy students, on the depth ladder and on a real model, from the
-archives in ``results/`` and the models in ``models/``. The chapters that explain the measurements
-are "Taking layers out" and "What is open".
+archives in ``results/`` and the models in ``models/``.
 """
 
 from __future__ import annotations
@@ -133,7 +132,14 @@ def share_of_variance(depths: Sequence[int] = (1, 16), draws: int = 1000) -> pd.
     pandas.DataFrame
         ``network``, ``depths``, ``mean``, ``low`` and ``high``, and ``over``, what the two are the
         range or the interval of.
+
+    Raises
+    ------
+    ValueError
+        If there are not two depths, or they are the same.
     """
+    if len(set(depths)) != 2 or len(depths) != 2:
+        raise ValueError(f"depth gains something between two depths, not {tuple(depths)}")
     shallow, deep = depths
     rng = np.random.default_rng(0)
     # Eight trainings whose layers err independently: nothing is shared but the goal.
@@ -214,7 +220,7 @@ def draw(cost: pd.DataFrame, share: pd.DataFrame) -> Figure:
         ax.set(ylim=(len(names) - 0.5, -0.5), title=title)
     axes[0].set_xscale("log")
     axes[0].set_xticks([1, 10, 100], labels=["1", "10", "100"])
-    axes[0].text(1.12, 0.0, "averaging", color=figures.REGIME_COLORS["ensemble"], va="center")
+    axes[0].text(1.3, 0.0, "averaging", color=figures.REGIME_COLORS["ensemble"], va="center")
     axes[1].set_xlim(-0.03, 1.08)
     return fig
 

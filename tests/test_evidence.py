@@ -25,7 +25,7 @@ def test_the_ladders_gain_is_hardly_variance():
     assert share.loc[(evidence.BUILT, "1 to 16"), "mean"] == pytest.approx(1, abs=0.02)
     ours = share.loc[(evidence.LADDER, "1 to 16")]
     assert ours["low"] < ours["mean"] < ours["high"] < 0.2
-    # From one depth to itself nothing falls; from deep to shallow it is the same share.
+    # From deep to shallow it is the same share.
     back = evidence.share_of_variance((16, 1), draws=2).set_index("network")
     assert back.loc[evidence.LADDER, "mean"] == pytest.approx(ours["mean"])
 
@@ -34,6 +34,12 @@ def test_the_ladders_gain_is_hardly_variance():
 def test_a_single_layer_has_no_worth(depth):
     with pytest.raises(ValueError, match=f"{depth} is below 2"):
         evidence.worth(1.0, 1.0, depth)
+
+
+@pytest.mark.parametrize("depths", [(4, 4), (4,), (1, 4, 16)])
+def test_a_gain_is_between_two_depths(depths):
+    with pytest.raises(ValueError, match="between two depths"):
+        evidence.share_of_variance(depths)
 
 
 @pytest.mark.parametrize("draws", [0, -1, 1.5])
