@@ -214,6 +214,13 @@ def test_halves_of_two_networks_are_put_together():
     assert line > 0.5 and max(parabola, cubic) < 1e-6
 
 
+def test_every_measurement_is_described():
+    ruler = "=" * 19
+    _, head, rows, _ = re.split(rf"^{ruler} =+$", command.__doc__, flags=re.MULTILINE)
+    described = " ".join(row[: len(ruler)] for row in (head + rows).splitlines())
+    assert set(re.findall(r"\w+", described)) == {"name", *command.NAMES}
+
+
 def test_designs_share_a_trunk_and_are_archived_with_what_is_inside(call, tmp_path, monkeypatch):
     command = sys.modules["archive"]
     pages = {

@@ -232,6 +232,19 @@ def test_random_layers_are_no_copies():
         torch.testing.assert_close(weight.std(), theirs[name].std())
 
 
+def test_one_seed_shuffles_otherwise_at_each_stage():
+    model = build("llama")
+    alike = model.model.layers[0].state_dict()
+    for layer in model.model.layers:
+        layer.load_state_dict(alike)
+    depth = len(model.model.layers)
+    for _ in range(2):
+        surgery.grow(model, method="random", seed=3)
+    layers = [layer.mlp.up_proj.weight for layer in model.model.layers]
+    new = [weight for weight in layers if not torch.equal(weight, layers[0])]
+    assert len(layers) == depth + 2 and len(new) == 2 and not torch.equal(*new)
+
+
 def test_lengths_of_stages():
     assert surgery.stages(2100, [2, 4, 6, 8, 10, 12]) == [100, 300, 600, 1000, 1500, 2100]
     assert surgery.stages(600, [1, 2, 3], alpha=0) == [200, 400, 600]

@@ -39,6 +39,8 @@ designs             models of twelve layers that grow, loop, share weights or sc
 inside              what became of the layers of those models: skips, swaps, loops, lenses,
                     signatures, likeness of weights; a minute each
 primitives          how fast those models learn to copy and to look up; minutes each
+loops               layers that run several times beside layers of their own, and how much each
+                    may write; up to ten minutes each, 63 of them
 healing             models of the ladder trained on without one of their blocks; ten minutes
 hops                networks of 1 to 6 blocks that learn to answer questions of 1 to 3 hops, and
                     their weights; a minute each
@@ -1266,7 +1268,10 @@ class Designs(Run):
 
 
 class OfDesigns(Tables):
-    """Tables about the models that :class:`Designs` has trained, in the same folder."""
+    """Tables about the models that :class:`Designs` has trained, in the same folder.
+
+    Of a model that is not there, the weights that were kept, in 16 bits.
+    """
 
     keys = ("design", "seed")
 
@@ -1280,10 +1285,16 @@ class OfDesigns(Tables):
         label, seed = self.shards[i]
         number = self.designs.shards.index((label, seed))
         source, begin = self.designs.path(number, path.parent), time.perf_counter()
-        if not (source.exists() and self.designs.finished(number, source)):
+        kept = f"ladder-w{self.designs.long.width}-d{self.designs.depth}-{label}-s{seed}"
+        if source.exists() and self.designs.finished(number, source):
+            model = ladder.LadderModel.from_checkpoint(source).model
+        elif not source.exists() and kept in models.available():
+            model, _ = models.load(kept, device="cpu")
+            if self.designs.config(label).design.loop is not None:
+                surgery.tie(model)
+        else:
             print(f"{self.names[i]}: {source.name} is not done", flush=True)
             return
-        model = ladder.LadderModel.from_checkpoint(source).model
         with _runs.cpu(args.threads):
             table, config, scale = self.table(model, seed)
         archive.save(
@@ -1380,8 +1391,7 @@ class Primitives(OfDesigns):
     tasks = ("copying", "assignment 0", "assignment 1", "assignment 2")
 
     def __init__(self, steps: int | None):
-        which = ("baseline", "midas", "lidas", "lns", "random")
-        some = [(d, seed) for seed in (0, 1, 2) for d in which if seed == 0 or d != "random"]
+        some = [shard for shard in Designs(steps).shards if shard[0] not in ("short", "last")]
         super().__init__(steps, some, "primitives")
 
     def table(self, model, seed):

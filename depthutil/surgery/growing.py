@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from depthutil import _checks
+from depthutil import _checks, _runs
 from depthutil.stream import anatomy
 from depthutil.surgery.arranging import arrange
 
@@ -94,6 +94,8 @@ def grow(
     seed : int
         Of random layers, whose weights have the means and standard deviations of the layers in
         whose place they come: not what the model began with, but what training has made of it.
+        What is drawn depends on the depth, too: one seed serves all stages of a growth, and no
+        two of them shuffle alike.
 
     Returns
     -------
@@ -112,10 +114,11 @@ def grow(
     >>> grow(model, method="lidas", block=2).config.n_layer
     6
     """
-    places = plan(method, anatomy(model).depth, block)
+    depth, seed = anatomy(model).depth, _checks.count(seed, "seed", low=0)
+    places = plan(method, depth, block)
     arrange(model, places, optimizer=optimizer)
     if method == "random":
-        random = torch.Generator().manual_seed(_checks.count(seed, "seed", low=0))
+        random = _runs.generator("grow", seed, depth)
         copies = [i for i, place in enumerate(places) if place in places[:i]]
         with torch.no_grad():
             for number in copies:
