@@ -19,7 +19,8 @@ book: executed  ## install, execute what changed, build the site in _build/html
 	@echo "The book is at _build/html/index.html (make serve shows it)."
 
 test: lint book  ## lint, nbmake on every chapter, unit tests, tests of the built site
-	$(BIN)/python -m pytest
+	@# Tests of a file share a cluster or a browser, so that a file is one process's.
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
 
 notebooks: .venv/installed  ## export the chapters as notebooks to _build/notebooks
 	$(BIN)/python tools/notebooks.py export

@@ -36,12 +36,12 @@ NAMES = {
     "ssm_state_size mamba_n_heads mamba_d_head mamba_num_heads mamba_head_dim mamba_headdim "
     "chunk_size mamba_chunk_size linear_key_head_dim linear_value_head_dim "
     "hidden_size_per_layer_input dim_head adapter_rank global_head_dim laurel_rank index_head_dim "
-    "index_topk",
+    "index_topk linear_head_dim",
     6: "sliding_window prompt_length",
     4: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
     "encoder_attention_heads attention_heads num_experts num_local_experts n_routed_experts "
     "moe_num_experts time_step_rank mamba_dt_rank rotary_dim block_size linear_num_value_heads "
-    "prompt_types segment_types",
+    "prompt_types segment_types linear_num_heads",
     2: "num_key_value_heads num_experts_per_tok moe_topk moe_k num_experts_per_token eos_token_id "
     "linear_num_key_heads index_n_heads",
     1: "n_group topk_group n_shared_experts first_k_dense_replace mamba_n_groups n_groups "
