@@ -39,6 +39,7 @@ designs             models of twelve layers that grow, loop, share weights or sc
 inside              what became of the layers of those models: skips, swaps, loops, lenses,
                     signatures, likeness of weights; a minute each
 primitives          how fast those models learn to copy and to look up; minutes each
+repeats             whether they copy better when layers run once more than in training
 loops               layers that run several times beside layers of their own, and how much each
                     may write; up to ten minutes each, 63 of them
 healing             models of the ladder trained on without one of their blocks; ten minutes
@@ -89,6 +90,7 @@ from depthutil import (
     ladder,
     models,
     nulls,
+    primitives,
     regimes,
     surgery,
     toy,
@@ -1402,6 +1404,43 @@ class Primitives(OfDesigns):
         return asked, config, f"{self.most} steps of 32 questions"
 
 
+class Repeats(OfDesigns):
+    """Whether a model copies better if some of its layers run once more than in training.
+
+    No model of this size copies in a prompt. Each learns it for a few steps, so that it can do
+    so in part; longer for each row of ``steps``.
+    """
+
+    output = "ladder_repeats"
+    marks = (40, 60, 80)
+    runs = (2, 4)
+    questions = 500
+
+    def __init__(self, steps: int | None):
+        which = ("baseline", "midas", "lidas", "random", "loop-2-2x4-2")
+        some = [shard for shard in Designs(steps).shards if shard[0] in which]
+        super().__init__(steps, some, "repeats")
+
+    def table(self, model, seed):
+        depth, rows = models.anatomy(model).depth, []
+        for steps in self.marks:
+            tuned = copy.deepcopy(model)
+            ladder.learn(tuned, "copying", steps, seed=seed, questions=2, progress=True)
+            places = [(run, a) for run in self.runs for a in range(depth - run + 1)]
+            for run, a in [(0, -1), *places]:
+                asked = tuned
+                if run:
+                    asked = surgery.loop(copy.deepcopy(tuned), a, a + run - 1, 2)
+                found = primitives.accuracy(
+                    asked, self.questions, seed=10_000 + seed, tasks=("copying",)
+                ).iloc[0]
+                rows.append((steps, run, a, *found[["right", "stderr", "loss", "loss_stderr"]]))
+        names = ["step", "run", "first", "right", "stderr", "loss", "loss_stderr"]
+        config = {"steps": list(self.marks), "questions": self.questions}
+        scale = f"{' or '.join(map(str, self.marks))} steps of 32 questions"
+        return pd.DataFrame(rows, columns=names), config, scale
+
+
 class Loops(Tables):
     """Layers that run several times beside layers of their own, and how much each may write.
 
@@ -1529,10 +1568,10 @@ class Hops(Run):
 
 NAMES = (*GRIDS, *LABELLED, "patience", "updates", "fig5_updates", "patience_updates")
 NAMES += ("seeds", "nested_steps", "smollm2", "effects", "hops", "healing")
-NAMES += ("designs", "inside", "primitives", "loops", "ladder")
+NAMES += ("designs", "inside", "primitives", "repeats", "loops", "ladder")
 STEPPED = {*GRIDS, *LABELLED, "updates", "seeds", "hops", "healing"}  # may have other --steps
-STEPPED |= {"designs", "inside", "primitives", "loops", "ladder"}
-ADDED = {"designs", "inside", "primitives", "loops", "healing"}  # may be added to
+STEPPED |= {"designs", "inside", "primitives", "repeats", "loops", "ladder"}
+ADDED = {"designs", "inside", "primitives", "repeats", "loops", "healing"}  # may be added to
 
 
 def build(args: argparse.Namespace) -> Run:
@@ -1550,7 +1589,7 @@ def build(args: argparse.Namespace) -> Run:
         return Patience()
     if name == "smollm2":
         return Recordings(args.documents)
-    for kind in (Seeds, Healing, Hops, Designs, Inside, Primitives, Loops):
+    for kind in (Seeds, Healing, Hops, Designs, Inside, Primitives, Repeats, Loops):
         if name == kind.__name__.lower():
             return kind(args.steps)
     if name == "effects":
