@@ -280,7 +280,7 @@ def test_designs_share_a_trunk_and_are_archived_with_what_is_inside(call, tmp_pa
     call("repeats", "assemble", "--steps", "24")
     asked = whole(tmp_path / "results" / "ladder_repeats.parquet").frame
     assert asked.groupby("run")["first"].max().to_dict() == {0: -1, 2: 10, 4: 8}
-    assert asked["loss"].nunique() == 1 + 11 + 9
+    assert asked["loss"].nunique() == 1 + 2 * (11 + 9)
 
 
 def test_loops_and_what_is_added_to_an_archive(call, tmp_path, monkeypatch):

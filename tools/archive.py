@@ -68,7 +68,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -1408,7 +1408,7 @@ class Repeats(OfDesigns):
     """Whether a model copies better if some of its layers run once more than in training.
 
     No model of this size copies in a prompt. Each learns it for a few steps, so that it can do
-    so in part; longer for each row of ``steps``.
+    so in part. Both passes write in full, or half as much.
     """
 
     output = "ladder_repeats"
@@ -1427,15 +1427,19 @@ class Repeats(OfDesigns):
             tuned = copy.deepcopy(model)
             ladder.learn(tuned, "copying", steps, seed=seed, questions=2, progress=True)
             places = [(run, a) for run in self.runs for a in range(depth - run + 1)]
-            for run, a in [(0, -1), *places]:
+            for run, a, factor in [(0, -1, 1.0), *((*p, f) for f in (1.0, 0.5) for p in places)]:
                 asked = tuned
                 if run:
                     asked = surgery.loop(copy.deepcopy(tuned), a, a + run - 1, 2)
-                found = primitives.accuracy(
-                    asked, self.questions, seed=10_000 + seed, tasks=("copying",)
-                ).iloc[0]
-                rows.append((steps, run, a, *found[["right", "stderr", "loss", "loss_stderr"]]))
-        names = ["step", "run", "first", "right", "stderr", "loss", "loss_stderr"]
+                with ExitStack() as edits:
+                    for block in range(a, a + 2 * run) if factor < 1 else ():
+                        edits.enter_context(iv.scale(asked, block, factor))
+                    found = primitives.accuracy(
+                        asked, self.questions, seed=10_000 + seed, tasks=("copying",)
+                    ).iloc[0]
+                answers = found[["right", "stderr", "loss", "loss_stderr"]]
+                rows.append((steps, run, a, factor, *answers))
+        names = ["step", "run", "first", "factor", "right", "stderr", "loss", "loss_stderr"]
         config = {"steps": list(self.marks), "questions": self.questions}
         scale = f"{' or '.join(map(str, self.marks))} steps of 32 questions"
         return pd.DataFrame(rows, columns=names), config, scale
