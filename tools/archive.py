@@ -35,7 +35,7 @@ smollm2             what SmolLM2's layers write, over all English prose that Pyt
 effects             what becomes of SmolLM2 when blocks are skipped, swapped, repeated, removed,
                     read through affine maps; where its facts are; an hour of one core
 designs             models of twelve layers that grow, loop, share weights or scale their norms,
-                    beside plain ones, and what they lose; minutes each, twenty of them
+                    beside plain ones, and what they lose; minutes each, 23 of them
 inside              what became of the layers of those models: skips, swaps, loops, lenses,
                     signatures, likeness of weights; a minute each
 primitives          how fast those models learn to copy and to look up; minutes each
@@ -1175,6 +1175,7 @@ class Designs(Run):
         self.shards = [
             (label, seed) for seed in (0, 1, 2) for label in always + (once if seed == 0 else [])
         ]
+        self.shards += [("random", seed) for seed in (1, 2)]
         self.names = [f"{label}-s{seed}-n{steps}" for label, seed in self.shards]
         self._text: ladder.Corpus | None = None
 
