@@ -1175,6 +1175,7 @@ class Designs(Run):
         self.shards = [
             (label, seed) for seed in (0, 1, 2) for label in always + (once if seed == 0 else [])
         ]
+        # Behind the others, so that a shard that somebody has keeps its number.
         self.shards += [("random", seed) for seed in (1, 2)]
         self.names = [f"{label}-s{seed}-n{steps}" for label, seed in self.shards]
         self._text: ladder.Corpus | None = None
@@ -1289,10 +1290,11 @@ class OfDesigns(Tables):
         number = self.designs.shards.index((label, seed))
         source, begin = self.designs.path(number, path.parent), time.perf_counter()
         kept = f"ladder-w{self.designs.long.width}-d{self.designs.depth}-{label}-s{seed}"
+        weights = "of training"
         if source.exists() and self.designs.finished(number, source):
             model = ladder.LadderModel.from_checkpoint(source).model
         elif not source.exists() and kept in models.available():
-            model, _ = models.load(kept, device="cpu")
+            weights, (model, _) = "kept in 16 bits", models.load(kept, device="cpu")
             if self.designs.config(label).design.loop is not None:
                 surgery.tie(model)
         else:
@@ -1303,7 +1305,7 @@ class OfDesigns(Tables):
         archive.save(
             table.assign(design=label, seed=seed),
             path,
-            config={"design": label, **config},
+            config={"design": label, "weights": weights, **config},
             seeds=[seed],
             scale=scale,
             wall_seconds=time.perf_counter() - begin,
